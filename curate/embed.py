@@ -1,0 +1,82 @@
+"""Vectors of every distinct text of a build, computed once and kept in blocks.
+
+A block is up to 1,024 texts that are embedded together, stored under a hash of the model and of the texts. The last bit
+of a vector depends on what shares its batch, so the block and not the text is the unit that is cached: then a build
+that was killed, or that finds half of its texts known, still ends with the bytes of an undisturbed one. A text that
+several tasks share is embedded with the first of them, and has one vector in the whole build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from curate.manifest.schema import content_hash
+from curate.models.embedder import Embedder, Vectors
+from curate.store import Store, key_of
+
+VERSION = 1
+BLOCK = 1024
+STAGE = "embed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Texts that are embedded together."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+class Embeddings:
+    """The vectors of a build. `extend` says which texts are needed, `compute` makes what is missing, `of` reads."""
+
+    def __init__(self, store: Store, embedder: Embedder) -> None:
+        self.store, self.embedder = store, embedder
+        self.blocks: list[Block] = []
+        self._place: dict[str, tuple[int, int]] = {}  # text -> (block, row)
+        self._loaded: dict[int, Vectors] = {}
+
+    def extend(self, texts: Iterable[str]) -> str:
+        """Plan the vectors of `texts`; returns a key that names these vectors to the last bit."""
+        wanted = sorted(set(texts))
+        new = sorted((t for t in wanted if t not in self._place), key=lambda t: (len(t), t))
+        for at in range(0, len(new), BLOCK):
+            part = tuple(new[at : at + BLOCK])
+            for row, text in enumerate(part):
+                self._place[text] = (len(self.blocks), row)
+            self.blocks.append(Block(key_of(STAGE, VERSION, self.embedder.fingerprint, part), part))
+        used = sorted({self._place[t][0] for t in wanted})
+        return content_hash([[self.blocks[i].key for i in used], wanted])
+
+    def missing(self) -> list[Block]:
+        """Blocks that nobody has computed yet."""
+        return [b for b in self.blocks if not self.store.has(STAGE, b.key)]
+
+    def compute(self, done: Callable[[int], None] = lambda n: None) -> None:
+        """Embed the missing blocks; `done(n)` is told of every n texts."""
+        for block in self.missing():
+            self._get(block)
+            done(len(block.texts))
+
+    def of(self, texts: Sequence[str]) -> Vectors:
+        """Vectors [n, d] of n planned texts."""
+        places = [self._place[t] for t in texts]
+        for i in {i for i, _ in places} - self._loaded.keys():
+            self._loaded[i] = _read(self._get(self.blocks[i]))
+        return np.stack([self._loaded[i][row] for i, row in places]) if places else np.zeros((0, 0), np.float32)
+
+    def _get(self, block: Block) -> Path:
+        return self.store.get(STAGE, block.key, lambda folder: _write(folder, self.embedder.encode(block.texts)))
+
+
+def _write(folder: Path, vectors: Vectors) -> None:
+    pl.DataFrame({"embedding": vectors}).write_parquet(folder / "embeddings.parquet")
+
+
+def _read(folder: Path) -> Vectors:
+    return np.asarray(pl.read_parquet(folder / "embeddings.parquet")["embedding"].to_numpy(), np.float32)

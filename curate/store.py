@@ -1,0 +1,98 @@
+"""Results of stages on disk, each under a key of what made it.
+
+A result is a folder `<root>/<stage>/<key>/`. It appears whole, by one rename, or not at all; so a build killed at any
+moment finds all that it had finished. Keys are hashes of inputs, the stage's own configuration and its code version:
+equal keys mean equal bytes, which is why several builds may share one store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from curate.manifest.io import sha256_file, sync
+from curate.manifest.schema import content_hash
+
+
+def key_of(stage: str, version: int, *parts: Any) -> str:
+    """Key of a result: what went in (JSON values: configuration and upstream keys) and the stage's code version."""
+    return content_hash([stage, version, *parts])
+
+
+CONTENTS = "contents.json"  # file name -> sha256, in every result
+
+
+class Store:
+    """Stage results by (stage, key)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where a result is or will be."""
+        return self.root / stage / key
+
+    def has(self, stage: str, key: str) -> bool:
+        """True where the result is there."""
+        return self.path(stage, key).is_dir()
+
+    def get(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+        """The result's folder; `make(folder)` fills it first where it is missing, or where its bytes were changed."""
+        path = self.path(stage, key)
+        if path.is_dir() and not _sound(path):
+            shutil.rmtree(path)
+        if not path.is_dir():
+            with self._new(path) as folder:
+                make(folder)
+        return path
+
+    @contextmanager
+    def _new(self, path: Path) -> Iterator[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
+            (temporary / CONTENTS).write_text(json.dumps(hashes), encoding="utf-8")
+            for file in temporary.iterdir():
+                sync(file)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                if not path.is_dir():  # another build may have finished the same result first: equal key, equal bytes
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed builds left half-written, where their process is gone."""
+        for leftover in self.root.glob("*/.*.*.*"):
+            pid = leftover.name.rsplit(".", 2)[-2]
+            if pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sound(path: Path) -> bool:
+    """True where a result still has the bytes that were stored."""
+    try:
+        hashes = json.loads((path / CONTENTS).read_bytes())
+        return all(sha256_file(path / name) == expected for name, expected in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
