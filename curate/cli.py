@@ -1,0 +1,186 @@
+"""The command line `curate`: thin. It parses, calls, prints, and turns errors into exit codes.
+
+0 = done, 1 = bad input (or a manifest that fails its check), 2 = wrong usage, 130 = stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="curate",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Measure what a stream of fine-tuning tasks is about to forget, and build the replay data that prevents it.\n\n"
+    "Start: `curate init FOLDER`, then `curate build config.yaml`, then `curate explain RUN UID`.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides by dotted path: replay.budget=400")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+
+
+@app.command()
+def build(
+    config: Annotated[Path, typer.Argument(help="the YAML file of the build")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and do nothing else")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a stream of tasks into a manifest: the current task's rows and the replay rows of the tasks before it.
+
+    Tasks are listed in the order of the stream; the last one is the current one. Results of stages are kept beside
+    the output, so a second build redoes only what changed, and a build that was stopped goes on where it stopped.
+
+    Examples:
+
+        curate build examples/superni/config.yaml
+
+        curate build config.yaml replay.budget=400 replay.selector=uniform out=runs/uniform
+
+        curate build config.yaml --dry-run
+    """
+    with _errors(resumable=not dry_run):
+        from curate.build import Build
+        from curate.config import BuildConfig
+        from curate.plan import plan, plan_table
+        from curate.screen import Silent, Terminal, task_table
+
+        console = Console(stderr=True, quiet=quiet)
+        job = Build(BuildConfig.load(config, _checked(overrides)), Silent() if quiet or as_json else Terminal(console))
+        if dry_run:
+            steps = plan(job)
+            _print(plan_table(steps), {"plan": [vars(s) for s in steps]}, quiet, as_json)
+            return
+        manifest = job.run()
+        summary = {
+            "manifest": str(job.out),
+            "tasks": manifest.tasks.to_dicts(),
+            "samples": manifest.samples.height,
+            "replay": (manifest.samples["origin"] == "replay").sum(),
+        }
+        _print(task_table(manifest), summary, quiet, as_json)
+        if not (quiet or as_json):
+            Console().print(f"manifest: [bold]{escape(str(job.out))}[/]", soft_wrap=True)
+
+
+@app.command()
+def check(
+    run: Annotated[Path, typer.Argument(help="folder of a manifest")], quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Validate a manifest: schema, hashes, uids, quotas, lineage, scores. Says exactly what is wrong."""
+    with _errors():
+        from curate.manifest import check as faults_of
+
+        faults = faults_of(run)
+        if as_json:
+            _print(None, {"manifest": str(run), "faults": faults}, quiet, as_json)
+        for fault in faults if not as_json else []:
+            Console(stderr=True).print(f"[red]✗[/] {escape(fault)}", soft_wrap=True, highlight=False)
+        if faults:
+            raise typer.Exit(1)
+        if not (quiet or as_json):
+            Console().print(f"[green]✓[/] {escape(str(run))}: sound", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="folder of a manifest")],
+    uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],
+) -> None:
+    """Say why a row is in the set: its task's distance and share, its instruction's tags, its draw; or why it is not."""
+    with _errors():
+        from curate.explain import explain as story
+        from curate.manifest import read
+
+        Console().print(escape(story(read(run), uid)), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder with one data file a task")],
+    out: Annotated[Path | None, typer.Option("--out", help="where to write; by default FOLDER/config.yaml")] = None,
+) -> None:
+    """Write a commented starting config from a folder of data files (one file a task, in the order of their names)."""
+    with _errors():
+        from curate.init import write_config
+
+        path = write_config(folder, out or folder / "config.yaml")
+        Console().print(f"wrote {escape(str(path))}; put the tasks in the order of your stream, then:", soft_wrap=True)
+        Console().print(f"  curate build {escape(str(path))}", soft_wrap=True)
+
+
+@app.command()
+def selectors() -> None:
+    """List the ways to choose replay rows (`replay.selector`)."""
+    from curate.sample import SELECTORS
+
+    for name, selector in SELECTORS.items():
+        Console().print(f"[bold]{name:<22}[/]{escape(selector.about)}", soft_wrap=True, highlight=False)
+
+
+def _checked(overrides: list[str] | None) -> list[str]:
+    for override in overrides or []:
+        if "=" not in override or override.startswith("="):
+            raise typer.BadParameter(f"{override!r} is not of the form key=value, as in replay.budget=400")
+    return overrides or []
+
+
+def _print(table: Any, summary: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(summary, ensure_ascii=False) + "\n")
+    elif not quiet:
+        console = Console()
+        console.print(table) if console.is_terminal else Console(width=140).print(table)
+
+
+@contextmanager
+def _errors(resumable: bool = False) -> Iterator[None]:
+    """What a user can mend is one message and exit code 1; the rest keeps its traceback."""
+    from curate.errors import InputError
+    from curate.manifest import ManifestError
+
+    console = Console(stderr=True)
+    try:
+        yield
+    except (InputError, ManifestError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        more = "; what is done is kept, the same command goes on from there" if resumable else ""
+        console.print(f"stopped{more}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        console.print(
+            f"[red]error:[/] {escape(str(error))}\n  remedy: make room, or choose other folders with out=FOLDER and "
+            "cache=FOLDER; nothing was published, and what is done is kept",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn on every screen
+    app()
+
+
+if __name__ == "__main__":
+    main()

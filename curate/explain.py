@@ -1,0 +1,122 @@
+"""`explain`: why a row is in the set, or why it is not; told from the manifest alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import polars as pl
+
+from curate.errors import InputError
+from curate.manifest import Manifest
+
+SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
+
+
+def explain(manifest: Manifest, uid: str) -> str:
+    """The story of one row, in sentences.
+
+    Args:
+        manifest: what `curate.manifest.read` gives.
+        uid: a uid, or the beginning of one.
+
+    Raises:
+        InputError: no row has this uid, or several rows begin so.
+    """
+    uid = _whole(manifest, uid)
+    sample = manifest.samples.filter(uid=uid)
+    if sample.height:
+        return "\n".join(_in(manifest, sample.row(0, named=True)))
+    return "\n".join(_out(manifest, manifest.drops.filter(uid=uid).row(0, named=True)))
+
+
+def _whole(manifest: Manifest, uid: str) -> str:
+    if len(uid) < SHORTEST:
+        raise InputError(f"uid {uid!r}: give at least {SHORTEST} digits")
+    begins = pl.col("uid").str.starts_with(uid.lower())
+    found = sorted(set(manifest.samples.filter(begins)["uid"]) | set(manifest.drops.filter(begins)["uid"]))
+    if not found:
+        raise InputError(
+            f"uid {uid!r} is neither in samples.parquet nor in drops.parquet of {manifest.folder}",
+            remedy="uids are hashes of content: a row of another task, or edited text, has another uid",
+        )
+    if len(found) > 1:
+        raise InputError(f"uid {uid!r}: {len(found)} rows begin so, {', '.join(found[:3])} …", remedy="give more digits")
+    return found[0]
+
+
+def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
+    task = m.tasks.filter(task=sample["task"]).row(0, named=True)
+    yield f"{sample['uid']} is in the set, as {sample['origin']}: row {sample['row']} of task {sample['task']!r}."
+    yield _excerpt("instruction", sample["instruction"])
+    if sample["origin"] == "current":
+        yield f"Why: it belongs to the newest task, and all {task['rows']:,} of its rows are trained on."
+        return
+    yield from _task(m, task)
+    instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
+    yield from _instruction(m, instruction)
+    yield (
+        f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken at random "
+        f"(seed {m.provenance['config']['seed']}); this is one of them."
+    )
+
+
+def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
+    task = m.tasks.filter(task=drop["task"]).row(0, named=True)
+    yield f"{drop['uid']} is not in the set: row {drop['row']} of task {drop['task']!r}."
+    found = m.instructions.filter(uid=drop["instruction_uid"] or "")
+    if drop["step"] != "sample":
+        yield f"Why: it could not be used ({drop['reason']})."
+        return
+    instruction = found.row(0, named=True)
+    yield _excerpt("instruction", instruction["instruction"])
+    yield from _task(m, task)
+    yield from _instruction(m, instruction)
+    if instruction["granted"] == 0:
+        yield f"Draw: none of the instruction's {instruction['rows']} rows was taken."
+    else:
+        yield (
+            f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken at random "
+            f"(seed {m.provenance['config']['seed']}); this one was not."
+        )
+
+
+def _task(m: Manifest, task: dict[str, Any]) -> Iterator[str]:
+    """The task's distance, share and grant."""
+    replay, previous = m.provenance["replay"], m.tasks.filter(pl.col("quota").is_not_null())
+    yield f"Selector {replay['selector']}: {replay['about']}."
+    current = m.tasks.sort("stage")["task"][-1]
+    if task["distance"] is not None:
+        place = (previous["distance"] > task["distance"]).sum() + 1
+        bound = f" ± {task['distance_bound']:.4f}" if task["distance_bound"] else ""
+        yield (
+            f"Task: {task['task']!r} is {task['distance']:.4f}{bound} from {current!r} (number {place} of "
+            f"{previous.height} by distance); all distances add up to {previous['distance'].sum():.4f}."
+        )
+    why = f" ({task['reason']})" if task["reason"] else ""
+    yield (
+        f"Quota: a share of {task['share']:.2f} of {replay['asked']} rows, rounded to {task['quota']}; "
+        f"{task['granted']} granted{why}."
+    )
+
+
+def _instruction(m: Manifest, instruction: dict[str, Any]) -> Iterator[str]:
+    """The instruction's tags with their frequencies, and its InsInfo."""
+    if instruction["insinfo"] is None:
+        yield f"Instruction: {instruction['rows']} rows carry it; this selector does not score instructions."
+        return
+    tags = instruction["tags"] or []
+    table = {t: (n, pool) for t, n, pool in m.tags.select("canonical", "count", "pool").iter_rows()}
+    terms = [f"{t} log({table[t][1]}/{table[t][0]}) = {math.log(table[t][1] / table[t][0]):.2f}" for t in tags]
+    total = m.instructions.filter(task=instruction["task"])["insinfo"].sum()
+    yield f"Tags: {'; '.join(terms)}." if terms else "Tags: none, so it tells nothing."
+    yield (
+        f"InsInfo: {instruction['insinfo']:.4f} nats of {total:.4f} in the task; quota {instruction['quota']} of its "
+        f"{instruction['rows']} rows."
+    )
+
+
+def _excerpt(name: str, text: str) -> str:
+    line = " ".join(text.split())
+    return f"{name.capitalize()}: {line if len(line) <= 300 else line[:299] + '…'}"

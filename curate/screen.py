@@ -1,0 +1,124 @@
+"""What a person sees while a build runs: one progress line a stage with the time left, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from curate.manifest import Manifest
+
+Advance = Callable[[int], None]
+
+
+class Screen(Protocol):
+    """Where a build reports to."""
+
+    def stage(self, name: str, total: int | None, unit: str) -> "_Stage":
+        """A context that yields `advance(n)`; total None = not known beforehand."""
+
+    def cached(self, name: str, what: str) -> None:
+        """A stage that had nothing to do."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+class _Stage(Protocol):
+    def __enter__(self) -> Advance: ...
+    def __exit__(self, *exception: object) -> bool | None: ...
+
+
+class Silent:
+    """Says nothing: for `--quiet`, `--json`, and for calls from Python."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """Counts nothing."""
+        yield lambda n: None
+
+    def cached(self, name: str, what: str) -> None:
+        """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
+
+class Terminal:
+    """One live line a stage on a terminal, one plain line a stage elsewhere (a log file, CI)."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """A progress line, which stays on the screen with its time when the stage is done."""
+        columns = [
+            SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=24), TaskProgressColumn(), MofNCompleteColumn(), TextColumn(unit),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        ]  # fmt: skip
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            line = progress.add_task(f"{name:<9}", total=total)
+            done = 0
+
+            def advance(n: int) -> None:
+                nonlocal done
+                done += n
+                progress.advance(line, n)
+
+            yield advance
+            progress.update(line, total=max(done, 1), completed=max(done, 1))
+        if not self.console.is_terminal:
+            self.console.print(f"✓ {name:<9} {done:,} {unit}")
+
+    def cached(self, name: str, what: str) -> None:
+        """A line for a stage whose result is already there."""
+        self.console.print(Text.assemble(("✓ ", "green"), (f"{name:<9} ", "bold"), (f"cached: {what}", "dim")))
+
+    def note(self, text: str) -> None:
+        """A line with a sign in front."""
+        self.console.print(Text.assemble(("! ", "yellow"), text))
+
+
+def task_table(manifest: Manifest) -> Table:
+    """What the build did, one row a task."""
+    table = Table(title=f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}", title_style="bold")
+    table.add_column("stage", justify="right")
+    table.add_column("task")
+    for name in ("rows", "distance", "± bound", "quota", "granted", "instructions", "mean InsInfo"):
+        table.add_column(name, justify="right")
+    for t in manifest.tasks.iter_rows(named=True):
+        covered = f"{t['instructions']}" if t["covered"] is None else f"{t['covered']} of {t['instructions']}"
+        name = Text(t["task"], style="bold" if t["quota"] is None else "")
+        table.add_row(
+            str(t["stage"]), name, f"{t['rows']:,}", _number(t["distance"], 4), _number(t["distance_bound"] or None, 4),
+            _number(t["quota"]), _number(t["granted"]), covered, _number(t["insinfo"], 2),
+        )  # fmt: skip
+    total = manifest.tasks["granted"].sum()
+    table.add_section()
+    table.add_row("", "replay", "", "", "", f"{manifest.tasks['quota'].sum():,}", f"{total:,}", "", "")
+    return table
+
+
+def current_task(manifest: Manifest) -> str:
+    """Name of the newest task."""
+    return str(manifest.tasks.sort("stage")["task"][-1])
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,32 @@
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """Worked values, computed by an independent NumPy reference."""
+    return json.loads((ROOT / "tests/golden/golden.json").read_text())
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """write_jsonl(name, rows) -> path of a JSONL file, gzipped where the name says so."""
+
+    def write(name: str, rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / name
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
+        return path
+
+    return write
+
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("suite")

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curate.manifest import Bucket, Stats, classify
+
+numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
+pairs = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40)
+
+
+def test_golden(golden):
+    g = golden["buckets"]
+    stats = Stats.of(g["logp"], g["reward"])
+    z_p, z_r = stats.z(g["logp"], g["reward"])
+    assert np.allclose(z_p, g["z_p"], atol=1e-9, rtol=0)
+    assert np.allclose(z_r, g["z_r"], atol=1e-9, rtol=0)
+    assert classify(g["logp"], g["reward"], stats, g["k"]).tolist() == g["bucket"]
+
+
+def test_moments_by_hand():
+    # mean (1 + 2 + 6)/3 = 3, variance ((−2)² + (−1)² + 3²)/3 = 14/3: the divisor is n
+    stats = Stats.of([1, 2, 6], [0, 0, 0])
+    assert stats.logp_mean == 3
+    assert stats.logp_std == pytest.approx((14 / 3) ** 0.5, abs=1e-12)
+    assert stats.reward_std == 0
+
+
+def test_inequalities_are_strict():
+    # σ = 1, μ = 0: z is the value itself; z = k is normal on either axis
+    unit = Stats(0.0, 1.0, 0.0, 1.0, 2)
+    assert classify([0.5, 0.51, 0.51, -0.5], [0.51, 0.5, 0.51, -0.51], unit, 0.5).tolist() == [
+        "normal", "normal", "high_performance", "normal",
+    ]  # fmt: skip
+
+
+def test_all_five_by_hand():
+    unit = Stats(0.0, 1.0, 0.0, 1.0, 5)
+    got = classify([1, 1, -1, -1, 0], [1, -1, 1, -1, 5], unit, 0.5)
+    assert got.tolist() == ["high_performance", "overfitting", "high_variance", "noisy", "normal"]
+    assert {Bucket(b) for b in got} == set(Bucket)
+
+
+@pytest.mark.parametrize("value", [np.nan, None])
+def test_what_cannot_be_judged_is_normal(value):
+    logp, reward = [value, -1.0, -2.0, -9.0], [1.0, value, 2.0, -9.0]
+    stats = Stats.of(logp, reward)
+    assert stats.n == 2  # rows 3 and 4
+    assert classify(logp, reward, stats, 0.0)[:2].tolist() == ["normal", "normal"]
+
+
+@pytest.mark.parametrize(("logp", "reward"), [([-1.0], [2.0]), ([0.1] * 3, [1.0, 2.0, 3.0]), ([], []), ([np.nan], [np.nan])])
+def test_no_deviation_is_normal(logp, reward):
+    # 3 × 0.1 does not have a mean of exactly 0.1 in floating point: σ must still be exactly 0
+    assert set(classify(logp, reward, Stats.of(logp, reward), 0.0)) <= {"normal"}
+
+
+@given(pairs, st.floats(0.1, 10), st.floats(-5, 5), st.floats(0, 2))
+def test_the_unit_of_reward_does_not_matter(rows, scale, shift, k):
+    logp, reward = np.array(rows).T
+    other = reward * scale + shift
+    stats, z = Stats.of(logp, reward), Stats.of(logp, reward).z(logp, reward)
+    if stats.reward_std < 1e-6 or min(np.abs(np.abs(z[1]) - k)) < 1e-6:  # at the edge the last bit decides
+        return
+    same = classify(logp, other, Stats.of(logp, other), k)
+    assert same.tolist() == classify(logp, reward, stats, k).tolist()
+
+
+@given(pairs, st.randoms(), st.floats(0, 2))
+def test_the_order_of_rows_does_not_matter(rows, random, k):
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    logp, reward = np.array(rows).T
+    bucket = classify(logp, reward, Stats.of(logp, reward), k)
+    shuffled = classify(logp[order], reward[order], Stats.of(logp[order], reward[order]), k)
+    assert shuffled.tolist() == bucket[order].tolist()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="one length"):
+        Stats.of([1, 2], [1])
+    with pytest.raises(ValueError, match="k must"):
+        classify([1], [1], Stats.of([1], [1]), -1)
+    with pytest.raises(ValueError, match="k must"):
+        classify([1], [1], Stats.of([1], [1]), float("nan"))
