@@ -57,7 +57,7 @@ def assemble(
 def _fit(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
     """The table's columns in their order; columns that a build does not fill are null."""
     absent = {name: pl.lit(None, dtype=dtype) for name, dtype in table.schema.items() if name not in frame.columns}
-    wanted = {name: dtype for name, dtype in table.schema.items() if dtype != pl.List(MESSAGE)}
+    wanted: Any = {name: dtype for name, dtype in table.schema.items() if dtype != pl.List(MESSAGE)}
     return frame.with_columns(**absent).select(list(table.schema)).cast(wanted)
 
 
@@ -67,8 +67,10 @@ def _picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.DataFrame:
     if not last:
         rows = rows.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="semi")
     origin = "current" if last else "replay"
-    return rows.collect().sort("uid").with_columns(
-        task=pl.lit(task.task.name), stage=pl.lit(task.task.stage, dtype=pl.Int32), origin=pl.lit(origin)
+    return (
+        rows.collect()
+        .sort("uid")
+        .with_columns(task=pl.lit(task.task.name), stage=pl.lit(task.task.stage, dtype=pl.Int32), origin=pl.lit(origin))
     )
 
 
@@ -110,9 +112,7 @@ def _completions(tasks: list[TaskRows], picked: list[pl.DataFrame]) -> pl.DataFr
 
 def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFrame | None) -> pl.DataFrame:
     each = [
-        t.instructions.drop("tags").with_columns(
-            task=pl.lit(t.task.name), stage=pl.lit(t.task.stage, dtype=pl.Int32)
-        )
+        t.instructions.drop("tags").with_columns(task=pl.lit(t.task.name), stage=pl.lit(t.task.stage, dtype=pl.Int32))
         for t in tasks
     ]
     frame = pl.concat(each).join(drawn, on="uid", how="left", maintain_order="left")
@@ -121,9 +121,7 @@ def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFra
     return _fit(frame, INSTRUCTIONS)
 
 
-def _tasks(
-    tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFrame, distances: Any
-) -> pl.DataFrame:
+def _tasks(tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFrame, distances: Any) -> pl.DataFrame:
     quota = {name: (share, asked) for name, share, asked in quotas.select("task", "share", "quota").iter_rows()}
     drawn = instructions.filter(pl.col("granted") > 0)
     totals = drawn.group_by("task").agg(
@@ -167,7 +165,9 @@ def _drops(tasks: list[TaskRows], picked: list[pl.DataFrame], instructions: pl.D
         every.append(task.drops.with_columns(stage=stage))
         if task is not tasks[-1]:
             left = task.scan().select("uid", "row", "instruction_uid")
-            left = left.join(rows.lazy().select("uid"), on="uid", how="anti").join(score, on="instruction_uid", how="left")
+            left = left.join(rows.lazy().select("uid"), on="uid", how="anti").join(
+                score, on="instruction_uid", how="left"
+            )
             named = left.with_columns(task=pl.lit(task.task.name), stage=stage, step=pl.lit("sample"),
                                       reason=pl.lit("not drawn"))  # fmt: skip
             every.append(_fit(named.collect(), DROPS))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Build:
             key, made = self.select(tasks, asked)
             return self.publish(tasks, sources, asked, key, made)
 
-    # --- sources and rows ----------------------------------------------------------------------------------------------
+    # --- sources and rows ---
 
     def sources(self) -> list[SourceId]:
         """Identity (hashes) of every task's source; a missing file is found here, before any work."""
@@ -111,12 +111,12 @@ class Build:
             self.screen.cached("read", f"{len(keyed)} tasks")
         with self._stage_unless_cached("read", [k for _, k in keyed], "rows") as advance:
             return [
-                TaskRows(task, self.store.get("read", key, lambda folder, t=task: ingest(t, self.base, folder, advance)), key)
+                TaskRows(task, self.store.get("read", key, partial(ingest, task, self.base, done=advance)), key)
                 for task, key in keyed
             ]
 
     def budget(self, tasks: list[TaskRows]) -> int:
-        """α in rows. A total that all pools together cannot fill is refused; a derived one is granted as far as it goes."""
+        """α in rows. A total above all pools together is refused; a derived one is granted as far as it goes."""
         replay, (*previous, current) = self.config.replay, tasks
         if replay.selector == "none":
             return 0
@@ -143,7 +143,7 @@ class Build:
             )
         return replay.budget
 
-    # --- measurements --------------------------------------------------------------------------------------------------
+    # --- measurements ---
 
     @property
     def needs_vectors(self) -> bool:
@@ -183,7 +183,7 @@ class Build:
         found = []
         with self._stage_unless_cached("distance", keys, "tasks", total=len(previous)) as advance:
             for task, key in zip(previous, keys, strict=True):
-                path = self.store.get("distance", key, lambda folder, t=task: self._write_distance(t, current, folder))
+                path = self.store.get("distance", key, partial(self._write_distance, task, current))
                 found.append(Distance(**pl.read_parquet(path / "distance.parquet").row(0, named=True)))
                 advance(1)
         return keys, found
@@ -214,7 +214,7 @@ class Build:
                 raw, self.embeddings.of(phrases) if merge else None, cfg, left_out, folder, advance))  # fmt: skip
         return key, folder
 
-    # --- the draw ------------------------------------------------------------------------------------------------------
+    # --- the draw ---
 
     def select(self, tasks: list[TaskRows], asked: int) -> tuple[str, dict[str, Any]]:
         """Everything that decides which rows come back; returns a key of it and what it is made of."""
@@ -234,7 +234,7 @@ class Build:
             keys.append(tags_key)
         key = key_of("sample", SAMPLE_VERSION, keys, self.config.replay.model_dump(), self.config.seed, asked)
         with self._stage_unless_cached("sample", [key], "rows") as advance:
-            made["sample"] = self.store.get("sample", key, lambda folder: self._write_draw(tasks, asked, made, folder))
+            made["sample"] = self.store.get("sample", key, partial(self._write_draw, tasks, asked, made))
             advance(asked)
         return key, made
 
@@ -254,7 +254,9 @@ class Build:
             draw = self.selector.draw(pool, int(granted[place]), rng, context)
             rows.append(index.select("uid")[draw.rows].with_columns(task=pl.lit(task.task.name)))
             instructions.append(_per_instruction(task, draw))
-        pl.concat(rows or [pl.DataFrame(schema={"uid": pl.String, "task": pl.String})]).write_parquet(folder / "rows.parquet")
+        pl.concat(rows or [pl.DataFrame(schema={"uid": pl.String, "task": pl.String})]).write_parquet(
+            folder / "rows.parquet"
+        )
         empty = pl.DataFrame(schema={"uid": pl.String, "quota": pl.Int64, "granted": pl.Int64})
         pl.concat(instructions or [empty]).write_parquet(folder / "instructions.parquet")
         pl.DataFrame(
@@ -284,7 +286,7 @@ class Build:
             return None
         return self.embeddings.of(task.instructions["instruction"].to_list())
 
-    # --- the manifest --------------------------------------------------------------------------------------------------
+    # --- the manifest ---
 
     def publish(
         self, tasks: list[TaskRows], sources: list[SourceId], asked: int, sample_key: str, made: dict[str, Any]
@@ -319,7 +321,10 @@ class Build:
     def _locked(self) -> Iterator[None]:
         """The output folder and the store are writable, and the folder is this build's alone."""
         _refuse_foreign(self.out)
-        for folder, key in ((self.out if self.out.exists() else self.out.absolute().parent, "out"), (self.store.root, "cache")):
+        for folder, key in (
+            (self.out if self.out.exists() else self.out.absolute().parent, "out"),
+            (self.store.root, "cache"),
+        ):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 probe = folder / f".writable.{os.getpid()}"
@@ -376,5 +381,3 @@ def _inputs(stream: list[tuple[Task, int]], sources: list[SourceId], tasks: list
          **rows.summary}
         for (task, index), rows in zip(stream, tasks, strict=True)
     ]  # fmt: skip
-
-

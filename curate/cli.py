@@ -22,8 +22,9 @@ app = typer.Typer(
     name="curate",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Measure what a stream of fine-tuning tasks is about to forget, and build the replay data that prevents it.\n\n"
+    help="Measure what a stream of fine-tuning tasks is about to forget, and build the replay data against it.\n\n"
     "Start: `curate init FOLDER`, then `curate build config.yaml`, then `curate explain RUN UID`.",
 )
 
@@ -48,7 +49,6 @@ def build(
     the output, so a second build redoes only what changed, and a build that was stopped goes on where it stopped.
 
     Examples:
-
         curate build examples/superni/config.yaml
 
         curate build config.yaml replay.budget=400 replay.selector=uniform out=runs/uniform
@@ -103,7 +103,7 @@ def explain(
     run: Annotated[Path, typer.Argument(help="folder of a manifest")],
     uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],
 ) -> None:
-    """Say why a row is in the set: its task's distance and share, its instruction's tags, its draw; or why it is not."""
+    """Say why a row is in the set: its task's distance and share, its instruction's tags, its draw. Or why not."""
     with _errors():
         from curate.explain import explain as story
         from curate.manifest import read

@@ -162,7 +162,8 @@ class ScoreConfig(_Section):
     """InsInfo."""
 
     pool: Literal["previous", "all"] = Field(
-        "previous", description="instructions that f_t and N count: previous tasks (paper), or the current one too (code)"
+        "previous",
+        description="instructions that f_t and N count: previous tasks (paper), or the current one too (code)",
     )
 
 
@@ -209,7 +210,9 @@ class BuildConfig(_Section):
         except FileNotFoundError:
             raise InputError(f"{path}: no such file", remedy="`curate init FOLDER` writes a starting config") from None
         except IsADirectoryError:
-            raise InputError(f"{path}: a folder, not a config file", remedy=f"`curate init {path}` writes one") from None
+            raise InputError(
+                f"{path}: a folder, not a config file", remedy=f"`curate init {path}` writes one"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(data, dict):

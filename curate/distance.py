@@ -42,8 +42,10 @@ def wasserstein(
     InsCL, Eq. 1, with c(x, y) = 1 - x·y/(|x||y|) for "cosine", |x - y| for "euclidean".
 
     Args:
-        a: [n, d] points. b: [m, d] points.
-        weights_a: [n] masses ≥ 0, of any sum > 0 (normalised here); None = uniform. weights_b: [m] likewise.
+        a: [n, d] points.
+        b: [m, d] points.
+        weights_a: [n] masses ≥ 0, of any sum > 0 (normalised here); None = uniform.
+        weights_b: [m] masses, likewise.
         metric: "cosine" or "euclidean".
 
     Returns:
@@ -156,5 +158,3 @@ def _masses(weights: ArrayLike | None, n: int, name: str) -> Matrix:
     if not np.isfinite(mass).all() or (mass < 0).any() or mass.sum() <= 0:
         raise ValueError(f"{name} must be finite, ≥ 0 and not all 0")
     return np.asarray(mass / mass.sum())
-
-

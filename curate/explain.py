@@ -42,7 +42,9 @@ def _whole(manifest: Manifest, uid: str) -> str:
             remedy="uids are hashes of content: a row of another task, or edited text, has another uid",
         )
     if len(found) > 1:
-        raise InputError(f"uid {uid!r}: {len(found)} rows begin so, {', '.join(found[:3])} …", remedy="give more digits")
+        raise InputError(
+            f"uid {uid!r}: {len(found)} rows begin so, {', '.join(found[:3])} …", remedy="give more digits"
+        )
     return found[0]
 
 

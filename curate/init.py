@@ -26,7 +26,7 @@ TAIL = """\
 
 replay:
   selector: inscl         # `curate selectors` explains each one
-  per_task: 200           # rows a previous task on average; or `budget: 1000` in all, or `ratio: 0.1` of the current one
+  per_task: 200           # rows a previous task on average; or `budget: 1000` in all, or `ratio: 0.1`
 
 out: runs/{name}          # the manifest; stage results are kept beside it
 

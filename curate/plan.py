@@ -31,7 +31,7 @@ class Step:
 
 
 def plan(build: Build) -> list[Step]:
-    """The steps of a build. Stages behind one that has not run yet can only be estimated: their keys need its result."""
+    """The steps of a build. What stands behind a stage that has not run is unknown: its keys need that result."""
     sources = build.sources()
     if build.needs_vectors:
         _ = build.embedder.fingerprint

@@ -76,7 +76,7 @@ def allocate(scores: ArrayLike, total: int, capacity: ArrayLike | None = None) -
     if left > 0:
         whole[np.argsort(-np.round(remainder, 9), kind="stable")[:left]] += 1
     elif left < 0:  # the 1e-9 above rounded up more than there is
-        whole[np.argsort(remainder, kind="stable")[: -left]] -= 1
+        whole[np.argsort(remainder, kind="stable")[:-left]] -= 1
     return whole.astype(np.int64)
 
 
@@ -149,7 +149,7 @@ class Selector:
     needs: frozenset[str] = frozenset()  # of: distance, insinfo, vectors, row_vectors
 
 
-# --- how tasks share the budget ---------------------------------------------------------------------------------------
+# --- how tasks share the budget ---
 
 
 def _by_distance(pools: Sequence[Pool], distances: Floats | None) -> Floats:
@@ -165,7 +165,7 @@ def _equal(pools: Sequence[Pool], distances: Floats | None) -> Floats:
     return np.ones(len(pools))
 
 
-# --- how a task's rows are drawn ---------------------------------------------------------------------------------------
+# --- how a task's rows are drawn ---
 
 
 def _grouped(pool: Pool, quota: Ints, group_of_row: Ints, rng: np.random.Generator) -> Ints:
@@ -185,7 +185,7 @@ def _result(pool: Pool, rows: Ints, quota: Ints | None = None) -> Draw:
 
 
 def draw_uniform(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
-    """n rows, each equally likely."""
+    """N rows, each equally likely."""
     everything = np.zeros(pool.rows, np.int64)
     return _result(pool, _grouped(pool, np.array([n]), everything, rng))
 
@@ -217,7 +217,7 @@ def draw_prototype_data(pool: Pool, n: int, rng: np.random.Generator, context: C
 
 
 def draw_prototype_instruction(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
-    """k-means over instructions with the best silhouette; n random rows of those nearest to a centre, then of others."""
+    """k-means over instructions with the best silhouette; n random rows of those nearest to a centre first."""
     assert pool.vectors is not None
     label, nearness = _best_k_means(pool.vectors, context.seed)
     prototypes = np.array([max(np.flatnonzero(label == c), key=lambda i: (nearness[i], -i)) for c in np.unique(label)])
@@ -226,14 +226,14 @@ def draw_prototype_instruction(pool: Pool, n: int, rng: np.random.Generator, con
 
 
 def draw_diverse_instruction(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
-    """n rows of the instruction least like the current task's (smallest summed cosine); the next where it runs out."""
+    """N rows of the instruction least like the current task's (smallest summed cosine); the next where it runs out."""
     assert pool.vectors is not None and context.current_vectors is not None
     likeness = (pool.vectors.astype(np.float64) @ context.current_vectors.astype(np.float64).T).sum(axis=1)
     return _in_order(pool, n, np.argsort(np.argsort(likeness, kind="stable")), rng)
 
 
 def _in_order(pool: Pool, n: int, level: Ints, rng: np.random.Generator) -> Draw:
-    """n rows, those of instructions of a lower level first, uniform inside a level."""
+    """N rows, those of instructions of a lower level first, uniform inside a level."""
     order = rng.permutation(pool.rows)
     return _result(pool, np.sort(order[np.argsort(level[pool.instruction_of[order]], kind="stable")][:n]))
 

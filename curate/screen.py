@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -28,7 +28,7 @@ Advance = Callable[[int], None]
 class Screen(Protocol):
     """Where a build reports to."""
 
-    def stage(self, name: str, total: int | None, unit: str) -> "_Stage":
+    def stage(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
         """A context that yields `advance(n)`; total None = not known beforehand."""
 
     def cached(self, name: str, what: str) -> None:
@@ -36,11 +36,6 @@ class Screen(Protocol):
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
-
-
-class _Stage(Protocol):
-    def __enter__(self) -> Advance: ...
-    def __exit__(self, *exception: object) -> bool | None: ...
 
 
 class Silent:
@@ -97,14 +92,16 @@ class Terminal:
 
 def task_table(manifest: Manifest) -> Table:
     """What the build did, one row a task."""
-    table = Table(title=f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}", title_style="bold")
+    table = Table(
+        title=f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}", title_style="bold"
+    )
     table.add_column("stage", justify="right")
     table.add_column("task")
     for name in ("rows", "distance", "± bound", "quota", "granted", "instructions", "mean InsInfo"):
         table.add_column(name, justify="right")
     for t in manifest.tasks.iter_rows(named=True):
         covered = f"{t['instructions']}" if t["covered"] is None else f"{t['covered']} of {t['instructions']}"
-        name = Text(t["task"], style="bold" if t["quota"] is None else "")
+        title = Text(t["task"], style="bold" if t["quota"] is None else "")
         table.add_row(
             str(t["stage"]), name, f"{t['rows']:,}", _number(t["distance"], 4), _number(t["distance_bound"] or None, 4),
             _number(t["quota"]), _number(t["granted"]), covered, _number(t["insinfo"], 2),

@@ -17,7 +17,6 @@ from curate.errors import InputError
 from curate.manifest.schema import TAGS
 from curate.models.embedder import Vectors
 from curate.score import frequencies, insinfo
-from curate.tags import cluster, keyphrases, normalise
 
 VERSION = 1
 
@@ -33,6 +32,8 @@ def tag(instructions: pl.DataFrame, config: TagsConfig, folder: Path, done: Adva
         folder: where the result goes.
         done: told of every n instructions.
     """
+    from curate.tags import keyphrases, normalise  # spaCy takes seconds to import, and a cached build does not need it
+
     if config.tagger == "column":
         raw = [sorted(set(tags or ())) for tags in instructions["tags"]]
         if not any(raw):
@@ -90,12 +91,12 @@ def score(
     phrases.with_columns(
         count=pl.Series([count[t] for t in phrases["canonical"]], dtype=pl.Int64),
         pool=pl.lit(len(pool), dtype=pl.Int64),
-    ).select(TAGS.schema).cast(TAGS.schema).write_parquet(folder / "tags.parquet")
+    ).select(TAGS.schema).cast(pl.Schema(TAGS.schema)).write_parquet(folder / "tags.parquet")
     done(phrases.height)
 
 
 def _clusters(phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig) -> pl.DataFrame:
-    """phrase -> canonical, cluster."""
+    """Phrase -> canonical, cluster."""
     counts: dict[Any, Any] = dict(phrases.group_by("phrase").agg(pl.col("raw_count").sum()).iter_rows())
     unique = sorted(counts)
     if vectors is None:
@@ -103,5 +104,7 @@ def _clusters(phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig
             {"phrase": unique, "canonical": unique, "cluster": [-1] * len(unique)},
             schema={"phrase": pl.String, "canonical": pl.String, "cluster": pl.Int64},
         )
+    from curate.tags import cluster
+
     found = cluster(unique, vectors, [counts[p] for p in unique], config.eps, config.min_samples)
     return pl.DataFrame({"phrase": unique, "canonical": found.canonical, "cluster": found.labels})

@@ -26,13 +26,15 @@ def metrics_(
     upper: Annotated[str | None, typer.Option(help="scores of each task trained alone: 0.9,0.8,…")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Average performance, backward transfer, forgetting, zero-shot forward transfer and relative gain of an R matrix."""
+    """AP, backward transfer, forgetting, zero-shot forward transfer and relative gain of an R matrix."""
     try:
         with matrix.open(newline="", encoding="utf-8") as file:
             r = [[float(cell) for cell in line] for line in csv.reader(file) if line]
         found: dict[str, object] = {"average_performance": metrics.average_performance(r)}
         if len(r[0]) > 1:
-            found |= {name: getattr(metrics, name)(r) for name in ("backward_transfer", "forgetting", "forward_transfer")}
+            found |= {
+                name: getattr(metrics, name)(r) for name in ("backward_transfer", "forgetting", "forward_transfer")
+            }
         if upper is not None:
             found["relative_gain"] = metrics.relative_gain(r, [float(u) for u in upper.split(",")]).tolist()
     except (ValueError, OSError) as error:

@@ -5,5 +5,15 @@ from curate.manifest.check import check
 from curate.manifest.io import Manifest, read, write
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError
 
-__all__ = ["SCHEMA_VERSION", "TABLES", "Bucket", "Manifest", "ManifestError", "Stats", "check", "classify", "read",
-           "write"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "TABLES",
+    "Bucket",
+    "Manifest",
+    "ManifestError",
+    "Stats",
+    "check",
+    "classify",
+    "read",
+    "write",
+]

@@ -86,7 +86,8 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
     tags = frames["tags"]
     lines = [
         f"- Selector `{replay['selector']}`: {replay['about']}.",
-        f"- Budget: {replay['asked']:,} rows asked, {frames['tasks']['granted'].sum():,} granted. Seed {config['seed']}.",
+        f"- Budget: {replay['asked']:,} rows asked, {frames['tasks']['granted'].sum():,} granted.",
+        f"- Seed: {config['seed']}.",
     ]
     if provenance["embedder"]:
         lines.append(f"- Embedder: `{_escape(config['embed']['model'])}` (`{provenance['embedder']}`).")

@@ -88,12 +88,11 @@ def _uids(m: Manifest) -> Iterator[str]:
     for number, (uid, task, text) in enumerate(m.instructions.select("uid", "task", "instruction").iter_rows()):
         if instruction_uid(task, text) != uid:
             yield f"instructions.parquet: row {number}: uid {uid} is not the hash of its content"
-    seen: dict[tuple[str, str, str], int] = {}
-    for number, (uid, *parts) in enumerate(m.completions.select("uid", "prompt_uid", "origin", "text").iter_rows()):
-        index = seen.get((parts[0], parts[1], parts[2]), 0)
-        seen[parts[0], parts[1], parts[2]] = index + 1
-        if uid not in {completion_uid(*parts, index=i) for i in range(64)}:
-            yield f"completions.parquet: row {number}: uid {uid} is not the hash of its content"
+    same = ["prompt_uid", "origin", "text"]
+    for prompt, origin, text, uids in m.completions.group_by(same, maintain_order=True).agg("uid").iter_rows():
+        known = {completion_uid(prompt, origin, text, index) for index in range(len(uids))}
+        for uid in sorted(set(uids) - known):
+            yield f"completions.parquet: uid {uid} is not the hash of its content; the row was edited"
 
 
 def _quotas(m: Manifest) -> Iterator[str]:
@@ -146,7 +145,9 @@ def _lineage(m: Manifest) -> Iterator[str]:
             yield f"drops.parquet: row {number}: instruction_uid {uid} is not in instructions.parquet"
     known = m.instructions.select("task", "instruction")
     read = m.samples.filter(pl.col("origin") != "augmented")
-    for task, text in read.join(known, on=["task", "instruction"], how="anti").select("task", "instruction").iter_rows():
+    for task, text in (
+        read.join(known, on=["task", "instruction"], how="anti").select("task", "instruction").iter_rows()
+    ):
         yield f"samples.parquet: task {task!r}: instruction {text[:60]!r} is not in instructions.parquet"
 
 

@@ -132,7 +132,9 @@ def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
         elif not path.is_file():
             faults.append(f"{path}: missing; run `curate build` again")
         elif sha256_file(path) != expected:
-            faults.append(f"{path}: changed since the build (sha256 differs from {PROVENANCE}); run `curate build` again")
+            faults.append(
+                f"{path}: changed since the build (sha256 differs from {PROVENANCE}); run `curate build` again"
+            )
     return faults
 
 

@@ -103,22 +103,30 @@ SAMPLES = Table(
         "uid": _UID,
         "task": _TASK,
         "stage": _STAGE,
-        "origin": Column(pl.String, "current: the newest task; replay: drawn from an older one; augmented: made from "
-                         "`parent_uid`", values=tuple(Origin)),
+        "origin": Column(
+            pl.String,
+            "current: the newest task; replay: drawn from an older one; augmented: made from `parent_uid`",
+            values=tuple(Origin),
+        ),
         "parent_uid": Column(pl.String, "uid of the sample that this one was made from", null="not augmented"),
         "row": Column(pl.Int64, "1-based number of the row in its source file", null="made here, not read"),
         "instruction": Column(pl.String, "the instruction that is embedded, tagged and counted"),
         "prompt": Column(pl.List(MESSAGE), "messages before the answer; empty for plain text"),
         "completion": Column(pl.List(MESSAGE), "the answer's messages: what the loss is on"),
-        "references": Column(pl.List(pl.String), "every accepted answer, in the source's order; the first one is the "
-                             "completion's text"),
+        "references": Column(
+            pl.List(pl.String), "every accepted answer, in the source's order; the first one is the completion's text"
+        ),
         "tools": Column(pl.String, "JSON list of the tools that the conversation offers", null="no tools"),
         "license": Column(pl.String, "licence that the source states for this row", null="the source states none"),
         "tags": Column(pl.List(pl.String), "canonical tags of the instruction, sorted", null="not tagged"),
-        "insinfo": Column(pl.Float64, "InsInfo of the instruction in nats: Σ_t log(N/f_t)",
-                          null="not scored (current task, or the selector needs no score)"),
-        "mi_input": Column(pl.Float64, "normalised mutual information of x and its rewrite, identity = 1",
-                           null="not augmented"),
+        "insinfo": Column(
+            pl.Float64,
+            "InsInfo of the instruction in nats: Σ_t log(N/f_t)",
+            null="not scored (current task, or the selector needs no score)",
+        ),
+        "mi_input": Column(
+            pl.Float64, "normalised mutual information of x and its rewrite, identity = 1", null="not augmented"
+        ),
         "mi_output": Column(pl.Float64, "the same of y and the rewrite's answer", null="not augmented"),
         "augmentation": Column(pl.String, "template that made the rewrite", null="not augmented"),
         "weight": Column(pl.Float64, "sample weight in the loss, ≥ 0, 1 = plain"),
@@ -137,8 +145,12 @@ COMPLETIONS = Table(
         "origin": Column(pl.String, "who wrote it", values=tuple(Source)),
         "text": Column(pl.String, "the completion as text"),
         "token_ids": Column(pl.List(pl.Int32), "its tokens under `tokenizer`", null="not tokenised"),
-        "token_logps": Column(pl.List(pl.Float32), "log-probability of each token in nats under `policy`, of the "
-                              "processed distribution that it was sampled from", null="not measured"),
+        "token_logps": Column(
+            pl.List(pl.Float32),
+            "log-probability of each token in nats under `policy`, of the "
+            "processed distribution that it was sampled from",
+            null="not measured",
+        ),
         "n_tokens": Column(pl.Int32, "number of tokens", null="not tokenised"),
         "policy": Column(pl.String, "weight hash of the model that measured `token_logps`", null="not measured"),
         "tokenizer": Column(pl.String, "fingerprint of the tokenizer", null="not tokenised"),
@@ -147,10 +159,15 @@ COMPLETIONS = Table(
         "reward_id": Column(pl.String, "what measured the reward", null="no reward"),
         "rank": Column(pl.Int32, "place among its prompt's completions, 1 = best, ties share one", null="not ranked"),
         "similarity": Column(pl.Float64, "cosine to the target answer, -1 to 1", null="not compared"),
-        "side": Column(pl.String, "align or conflict with the target answer", null="not compared",
-                       values=("align", "conflict")),
-        "bucket": Column(pl.String, "CPPO's five-way class of (log-prob, reward)", null="not classified",
-                         values=("high_performance", "overfitting", "high_variance", "noisy", "normal")),
+        "side": Column(
+            pl.String, "align or conflict with the target answer", null="not compared", values=("align", "conflict")
+        ),
+        "bucket": Column(
+            pl.String,
+            "CPPO's five-way class of (log-prob, reward)",
+            null="not classified",
+            values=("high_performance", "overfitting", "high_variance", "noisy", "normal"),
+        ),
     },
     key=("uid",),
 )
@@ -163,14 +180,22 @@ TASKS = Table(
         "stage": _STAGE,
         "rows": Column(pl.Int64, "rows of the task that can be drawn or trained on"),
         "instructions": Column(pl.Int64, "distinct instructions among them"),
-        "distance": Column(pl.Float64, "Wasserstein-1 distance to the current task, cosine cost, 0 to 2",
-                           null="the current task itself, or the selector needs no distance"),
-        "distance_bound": Column(pl.Float64, "largest possible |distance - exact distance|; 0 = exact",
-                                 null="as `distance`"),
-        "share": Column(pl.Float64, "real-valued share of the budget before capacity and rounding, in rows",
-                        null="the current task itself"),
-        "quota": Column(pl.Int64, "rows asked of the task: its share, rounded by largest remainder",
-                        null="the current task itself"),
+        "distance": Column(
+            pl.Float64,
+            "Wasserstein-1 distance to the current task, cosine cost, 0 to 2",
+            null="the current task itself, or the selector needs no distance",
+        ),
+        "distance_bound": Column(
+            pl.Float64, "largest possible |distance - exact distance|; 0 = exact", null="as `distance`"
+        ),
+        "share": Column(
+            pl.Float64,
+            "real-valued share of the budget before capacity and rounding, in rows",
+            null="the current task itself",
+        ),
+        "quota": Column(
+            pl.Int64, "rows asked of the task: its share, rounded by largest remainder", null="the current task itself"
+        ),
         "granted": Column(pl.Int64, "rows drawn", null="the current task itself"),
         "reason": Column(pl.String, "why granted differs from quota", null="it does not"),
         "covered": Column(pl.Int64, "distinct instructions among the drawn rows", null="the current task itself"),
@@ -221,8 +246,11 @@ DROPS = Table(
         "step": Column(pl.String, "the stage of the build that left it out"),
         "reason": Column(pl.String, "why"),
         "instruction_uid": Column(pl.String, "uid of its instruction", null="the row has none"),
-        "score": Column(pl.Float64, "the score that decided, in the unit of `step` (sample: InsInfo, nats)",
-                        null="no score was involved"),
+        "score": Column(
+            pl.Float64,
+            "the score that decided, in the unit of `step` (sample: InsInfo, nats)",
+            null="no score was involved",
+        ),
     },
     key=("task", "row", "uid"),
 )
@@ -233,8 +261,8 @@ TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INS
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN.
 
-    >>> canonical_json({"b": 1, "a": "é"})
-    b'{"a":"\\xc3\\xa9","b":1}'
+    >>> canonical_json({"b": 1, "a": "e"})
+    b'{"a":"e","b":1}'
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode()

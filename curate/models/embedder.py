@@ -244,7 +244,9 @@ def _hash_folder(folder: Path) -> str:
     """SHA-256 over the names and bytes of a model's files; safetensors weights only."""
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json", ".txt", ".jinja", ".model"))
     if not any(f.suffix == ".safetensors" for f in files):
-        raise InputError(f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused")
+        raise InputError(
+            f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused"
+        )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())

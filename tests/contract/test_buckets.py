@@ -49,7 +49,9 @@ def test_what_cannot_be_judged_is_normal(value):
     assert classify(logp, reward, stats, 0.0)[:2].tolist() == ["normal", "normal"]
 
 
-@pytest.mark.parametrize(("logp", "reward"), [([-1.0], [2.0]), ([0.1] * 3, [1.0, 2.0, 3.0]), ([], []), ([np.nan], [np.nan])])
+@pytest.mark.parametrize(
+    ("logp", "reward"), [([-1.0], [2.0]), ([0.1] * 3, [1.0, 2.0, 3.0]), ([], []), ([np.nan], [np.nan])]
+)
 def test_no_deviation_is_normal(logp, reward):
     # 3 × 0.1 does not have a mean of exactly 0.1 in floating point: σ must still be exactly 0
     assert set(classify(logp, reward, Stats.of(logp, reward), 0.0)) <= {"normal"}

@@ -19,7 +19,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            start = ".".join(filter(None, [*(package.split(".")[: -node.level + 1 or None] if node.level else []), node.module]))
+            start = ".".join(
+                filter(None, [*(package.split(".")[: -node.level + 1 or None] if node.level else []), node.module])
+            )
             names |= {start, *(f"{start}.{alias.name}" for alias in node.names)}
     return names
 
@@ -52,7 +54,9 @@ def test_the_walker_sees_nested_and_relative_imports(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     file = tmp_path / "curate" / "models" / "x.py"
     file.parent.mkdir(parents=True)
-    file.write_text("def f():\n    import train.losses\n    from ..sample import allocate\n    from . import embedder\n")
+    file.write_text(
+        "def f():\n    import train.losses\n    from ..sample import allocate\n    from . import embedder\n"
+    )
     assert {"train.losses", "curate.sample", "curate.sample.allocate", "curate.models.embedder"} <= imported(file)
 
 

@@ -88,7 +88,9 @@ def test_as_many_centroids_as_points_lose_nothing():
 
 def test_quantised_twice_is_the_same():
     a, b = cloud(0, 300), cloud(1, 300)
-    both = [task_distance(a, b, np.ones(300), np.ones(300), DistanceConfig(max_points=64, centroids=32), 7) for _ in "ab"]
+    both = [
+        task_distance(a, b, np.ones(300), np.ones(300), DistanceConfig(max_points=64, centroids=32), 7) for _ in "ab"
+    ]
     assert both[0] == both[1]
 
 

@@ -28,7 +28,7 @@ def test_equal_remainders_go_to_the_earlier():
 
 
 def test_excess_flows_in_proportion_more_than_once():
-    # 60 over 4 : 2 : 1 : 1 = 30, 15, 7.5, 7.5. The first is full at 6 (24 left over): 54 over 2 : 1 : 1 = 27, 13.5, 13.5.
+    # 60 over 4 : 2 : 1 : 1 = 30, 15, 7.5, 7.5. The first is full at 6: 54 over 2 : 1 : 1 = 27, 13.5, 13.5.
     # Now the second is full at 20: 34 over 1 : 1 = 17, 17.
     assert allocate([4, 2, 1, 1], 60, [6, 20, 100, 100]).tolist() == [6, 20, 17, 17]
 
@@ -69,7 +69,7 @@ def test_nothing_to_allocate():
     assert allocate([1, 2], 0).tolist() == [0, 0]
 
 
-# --- draws ---------------------------------------------------------------------------------------------------------------
+# --- draws ---
 
 
 def pool(counts, **more):
@@ -122,7 +122,7 @@ def test_a_larger_budget_keeps_the_smaller_ones_rows():
 
 
 def test_uniform_is_uniform():
-    # 2,000 draws of 2 out of 8: each row is expected in a quarter, 500 times; a binomial's deviation is √(2000·¼·¾) = 19.4
+    # 2,000 draws of 2 out of 8: each row is expected 500 times; a binomial's deviation is √(2000·¼·¾) = 19.4
     hits = np.zeros(8)
     for seed in range(2000):
         hits[draw_uniform(pool([5, 3]), 2, rng(seed), Context()).rows] += 1
