@@ -91,7 +91,7 @@ def score(
     phrases.with_columns(
         count=pl.Series([count[t] for t in phrases["canonical"]], dtype=pl.Int64),
         pool=pl.lit(len(pool), dtype=pl.Int64),
-    ).select(TAGS.schema).cast(pl.Schema(TAGS.schema)).write_parquet(folder / "tags.parquet")
+    ).select(list(TAGS.schema)).cast(pl.Schema(TAGS.schema)).write_parquet(folder / "tags.parquet")
     done(phrases.height)
 
 

