@@ -221,6 +221,9 @@ class Build:
         needs, keys, made = self.selector.needs, [t.key for t in tasks], dict[str, Any]()
         if len(tasks) == 1:
             needs = needs - {"distance", "vectors", "row_vectors"}
+        if "insinfo" in needs:
+            tags_key, made["tags"] = self.tags(tasks)
+            keys.append(tags_key)
         if needs & {"distance", "vectors"}:
             vectors = self.embed([t.instructions["instruction"].to_list() for t in tasks], "instructions")
             keys += vectors
@@ -229,9 +232,6 @@ class Build:
             keys += distance_keys
         if "row_vectors" in needs:
             keys += self.embed([_row_texts(t) for t in tasks[:-1]], "rows")
-        if "insinfo" in needs:
-            tags_key, made["tags"] = self.tags(tasks)
-            keys.append(tags_key)
         key = key_of("sample", SAMPLE_VERSION, keys, self.config.replay.model_dump(), self.config.seed, asked)
         with self._stage_unless_cached("sample", [key], "rows") as advance:
             made["sample"] = self.store.get("sample", key, partial(self._write_draw, tasks, asked, made))

@@ -6,8 +6,8 @@ InsInfo itself are `curate.score`'s.
 
 Departures from InsCL (NAACL 2024):
 
-- The default tagger is not GPT-4: it ranks the text's own words and word pairs by corpus statistics, so it is free, offline and
-  repeatable, and it cannot name an intent that the text does not spell out.
+- The default tagger is not GPT-4: it ranks the text's own words and word pairs by corpus statistics, so it is free,
+  offline and repeatable, and it cannot name an intent that the text does not spell out.
 - Phrases are embedded by a sentence embedder (MiniLM by default), not by phrase-BERT.
 - Order does not matter: phrases are sorted first. InsCL clusters in the order of its file.
 - No cluster is lost: InsCL's code skips its last one, and noise stays itself here.
@@ -36,9 +36,9 @@ FLOOR = 3  # tags that a text gets even where it shares none of them with anothe
 LEAD = 10.0  # words after which a phrase's position starts to count against it
 LONGEST_WORD = 40  # letters; above it, it is a blob (base64, unspaced script), not a word
 BLOCK = 256  # rows of similarities held at once: 100 MB at 100,000 phrases
-ROUNDING = 1e-6  # a float32 dot product of unit vectors is off by less; keeps the radius inclusive
+ROUNDING = 5e-7  # a float32 dot product of unit vectors is off by less; keeps the radius inclusive
 
-_SOFT = frozenset("-‐‑*`\"“”„«»‘_~")  # may stand inside a phrase: "open-ended", "the **main** idea"
+_SOFT = frozenset('-‐‑*`"“”„«»‘_~')  # may stand inside a phrase: "open-ended", "the **main** idea"
 _APOSTROPHES = frozenset("'’")
 _BREAK = "|"
 
@@ -235,7 +235,7 @@ def keyphrases(texts: Sequence[str], max_tags: int = 12) -> list[list[str]]:
     languages keep their stop words, and a script without blanks yields whole clauses.
 
     >>> keyphrases(["Answer the question. The answer is short.", "Is the answer right?"], max_tags=2)
-    [['answer', 'question'], ['answer', 'right']]
+    [['answer', 'question'], ['answer', 'answer right']]
     """
     if max_tags < 1:
         raise ValueError(f"max_tags must be at least 1, got {max_tags}")
@@ -267,20 +267,23 @@ def cluster(
 ) -> Clusters:
     """DBSCAN over unique phrases; a cluster is named after its most frequent member, ties alphabetical.
 
-    Two phrases are neighbours where 1 − x·y/(|x||y|) ≤ eps (inclusive; 1e-6 for rounding). A core phrase has at least
+    Two phrases are neighbours where 1 − x·y/(|x||y|) ≤ eps (inclusive; 5e-7 for rounding). A core phrase has at least
     min_samples neighbours, itself among them; counts do not enter there, they only decide the name. Clusters are the
     connected core phrases and their neighbours. A border phrase that several clusters reach goes to the one with the
     alphabetically first core phrase: scikit-learn's rule, after sorting. So the order of phrases has no effect.
 
     Args:
-        phrases: [n] distinct. vectors: [n, d], none zero; any length.
-        counts: [n] how often each phrase is used. eps: cosine distance, 0 to 2. min_samples: ≥ 1.
+        phrases: [n] distinct.
+        vectors: [n, d], none zero; any length.
+        counts: [n] how often each phrase is used.
+        eps: cosine distance, 0 to 2.
+        min_samples: ≥ 1.
 
     Raises:
         ValueError: sizes differ, a phrase comes twice, a vector is zero or not finite, eps or min_samples is off.
 
     Time O(n² d); memory n × d and BLOCK × n however dense a cluster is, since no neighbour list is kept: scikit-learn's
-    own needs 21 GB for one cluster of 40,000. Source: InsCL, appendix (eps 0.1, min_samples 5).
+    own needs 21 GB for one cluster of 40,000. Source: InsCL (eps 0.1, min_samples 5).
 
     >>> cluster(["cat", "cats", "dog"], np.float32([[1, 0], [1, 0.01], [0, 1]]), [1, 2, 9], min_samples=2).canonical
     ['cats', 'cats', 'dog']

@@ -35,7 +35,7 @@ def tag(instructions: pl.DataFrame, config: TagsConfig, folder: Path, done: Adva
     from curate.tags import keyphrases, normalise  # spaCy takes seconds to import, and a cached build does not need it
 
     if config.tagger == "column":
-        raw = [sorted(set(tags or ())) for tags in instructions["tags"]]
+        raw = [sorted(set(tags or ())) for tags in instructions["tags"].to_list()]
         if not any(raw):
             raise InputError(
                 "tags.tagger is 'column', but no row of any task has tags",
@@ -76,7 +76,7 @@ def score(
     phrases = phrases.join(_clusters(phrases, vectors, config), on="phrase", how="left", maintain_order="left")
     canonical_of = dict(phrases.select("tag", "canonical").iter_rows())
     rows = pl.read_parquet(tagged / "tagged.parquet")
-    tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"]]
+    tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"].to_list()]
     common = {t for t, n in frequencies(tags).items() if n >= config.min_frequency}
     tags = [[t for t in each if t in common] for each in tags]
     in_pool = [task != left_out for task in rows["task"]]
