@@ -103,8 +103,10 @@ def task_table(manifest: Manifest) -> Table:
         covered = f"{t['instructions']}" if t["covered"] is None else f"{t['covered']} of {t['instructions']}"
         title = Text(t["task"], style="bold" if t["quota"] is None else "")
         table.add_row(
-            str(t["stage"]), title, f"{t['rows']:,}", _number(t["distance"], 4), _number(t["distance_bound"] or None, 4),
-            _number(t["quota"]), _number(t["granted"]), covered, _number(t["insinfo"], 2),
+            str(t["stage"]), title, f"{t['rows']:,}", _number(t["distance"], 4),
+            _number(t["distance_bound"] or None, 4), _number(t["quota"]),
+            _number(t["granted"]), covered,
+            _number(t["insinfo"], 2),
         )  # fmt: skip
     total = manifest.tasks["granted"].sum()
     table.add_section()

@@ -184,13 +184,16 @@ def test_dry_run_does_nothing_else(shipped, tmp_path):
 # --- killed, twice at once ---
 
 
+VERBS, NOUNS = ("Sort", "Count", "Translate", "Summarise"), ("words", "sums", "poems")
+
+
 def stream(write_jsonl, tmp_path, sizes=(30, 20, 10), instructions=4, **replay):
     """A small stream of alpaca tasks, as the path of its config."""
     tasks = []
     for t, size in enumerate(sizes):
         rows = [
             {
-                "instruction": f"{['Sort', 'Count', 'Translate', 'Summarise'][i % instructions]} the {['words', 'sums', 'poems'][t % 3]}",
+                "instruction": f"{VERBS[i % instructions]} the {NOUNS[t % 3]}",
                 "input": f"item {t} {i}",
                 "output": f"answer {i}",
             }
@@ -544,7 +547,7 @@ def test_output_that_cannot_be_a_folder(write_jsonl, tmp_path):
 
 
 def test_a_full_disk(write_jsonl, tmp_path):
-    """A file-size limit stands for a full disk: the write fails in the middle, and nothing half-written is published."""
+    """A file-size limit stands for a full disk: a write fails in the middle, and nothing half-written is published."""
     config = stream(write_jsonl, tmp_path, sizes=(3000, 20, 10))
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
