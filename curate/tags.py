@@ -347,7 +347,8 @@ def _dbscan(units: NDArray[np.float32], nearness: float, min_samples: int) -> In
 
 def _merge(component: Ints, near: NDArray[np.bool_], at: int) -> Ints:
     """Join the components that `near` [b, n − at] connects; its rows and columns both begin at core `at`."""
-    row, column = np.nonzero(near)
+    apart = component[at : at + len(near), None] != component[None, at:]  # else a dense cluster is sorted pair by pair
+    row, column = np.nonzero(near & apart)
     joined = np.unique(component[row + at] * len(component) + component[column + at])
     shape = (len(component), len(component))
     edges = sp.coo_matrix((np.ones(len(joined), bool), np.divmod(joined, len(component))), shape=shape)
