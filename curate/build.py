@@ -26,7 +26,7 @@ from curate.distance import Distance, task_distance
 from curate.embed import Embeddings
 from curate.errors import InputError
 from curate.ingest import VERSION as READ_VERSION
-from curate.ingest import Task, TaskRows, ingest
+from curate.ingest import Task, TaskRows, ingest, row_texts
 from curate.manifest import Manifest, ManifestError, read, write
 from curate.manifest.io import CARD, PROVENANCE, STAGING, read_provenance
 from curate.manifest.schema import SCHEMA_VERSION, TABLES
@@ -110,10 +110,14 @@ class Build:
         if all(self.store.has("read", key) for _, key in keyed):
             self.screen.cached("read", f"{len(keyed)} tasks")
         with self._stage_unless_cached("read", [k for _, k in keyed], "rows") as advance:
-            return [
+            tasks = [
                 TaskRows(task, self.store.get("read", key, partial(ingest, task, self.base, done=advance)), key)
                 for task, key in keyed
             ]
+        for each in tasks:
+            if n := each.summary["dropped"]:
+                self.screen.note(f"{each.task.name}: {n:,} rows left out; drops.parquet lists each with its reason")
+        return tasks
 
     def budget(self, tasks: list[TaskRows]) -> int:
         """α in rows. A total above all pools together is refused; a derived one is granted as far as it goes."""
@@ -175,18 +179,22 @@ class Build:
     def distances(self, tasks: list[TaskRows], vectors: list[str]) -> tuple[list[str], list[Distance]]:
         """Stage distance: W(previous task, current task) for each previous task."""
         *previous, current = tasks
-        how, seed = self.config.distance.model_dump(), self.config.seed
-        keys = [
-            key_of("distance", DISTANCE_VERSION, how, seed, [t.key, current.key], [v, vectors[-1]])
-            for t, v in zip(previous, vectors, strict=False)
-        ]
-        found = []
+        keys, found = self.distance_keys(tasks, vectors), []
         with self._stage_unless_cached("distance", keys, "tasks", total=len(previous)) as advance:
             for task, key in zip(previous, keys, strict=True):
                 path = self.store.get("distance", key, partial(self._write_distance, task, current))
                 found.append(Distance(**pl.read_parquet(path / "distance.parquet").row(0, named=True)))
                 advance(1)
         return keys, found
+
+    def distance_keys(self, tasks: list[TaskRows], vectors: list[str]) -> list[str]:
+        """Keys of the distances; the seed matters only where a side is quantised."""
+        most, current = self.config.distance.max_points, tasks[-1]
+        return [
+            key_of("distance", DISTANCE_VERSION, self.config.distance.model_dump(), [t.key, current.key],
+                   [v, vectors[-1]], self.config.seed if max(t.size, current.size) > most else None)
+            for t, v in zip(tasks[:-1], vectors, strict=False)
+        ]  # fmt: skip
 
     def _write_distance(self, task: TaskRows, current: TaskRows, folder: Path) -> None:
         sides = []
@@ -199,28 +207,38 @@ class Build:
 
     def tags(self, tasks: list[TaskRows]) -> tuple[str, Path]:
         """Stages tags and score: a key, and the folder with canonical tags, InsInfo and the tags table."""
-        cfg, current = self.config.tags, tasks[-1].task.name
-        left_out = current if self.config.score.pool == "previous" else None
-        raw_key = key_of("tags", TAGS_VERSION, cfg.tagger, cfg.max_tags, sorted(t.key for t in tasks))
+        cfg, raw_key, left_out = self.config.tags, self.raw_tags_key(tasks), self._left_out(tasks)
         frame = pl.concat([t.instructions.with_columns(task=pl.lit(t.task.name)) for t in tasks])
         with self._stage_unless_cached("tags", [raw_key], "instructions", frame.height) as advance:
             raw = self.store.get("tags", raw_key, lambda folder: tag(frame, cfg, folder, advance))
         phrases = phrases_of(raw)
         merge = cfg.cluster and bool(phrases)
         vectors_key = self.embed([phrases], "tags")[0] if merge else None
-        key = key_of("score", TAGS_VERSION, raw_key, vectors_key, cfg.model_dump(), left_out)
+        key = self.score_key(raw_key, vectors_key, tasks)
         with self._stage_unless_cached("score", [key], "tags", len(phrases)) as advance:
             folder = self.store.get("score", key, lambda folder: score(
                 raw, self.embeddings.of(phrases) if merge else None, cfg, left_out, folder, advance))  # fmt: skip
         return key, folder
 
+    def raw_tags_key(self, tasks: list[TaskRows]) -> str:
+        """Key of the raw tags: the instructions of all tasks, in any order, and the tagger."""
+        cfg = self.config.tags
+        return key_of("tags", TAGS_VERSION, cfg.tagger, cfg.max_tags, sorted(t.key for t in tasks))
+
+    def score_key(self, raw_key: str, vectors_key: str | None, tasks: list[TaskRows]) -> str:
+        """Key of canonical tags and InsInfo."""
+        cfg = self.config.tags.model_dump()
+        return key_of("score", TAGS_VERSION, raw_key, vectors_key, cfg, self._left_out(tasks))
+
+    def _left_out(self, tasks: list[TaskRows]) -> str | None:
+        """The task that is not in the pool of InsInfo, and is not scored."""
+        return tasks[-1].task.name if self.config.score.pool == "previous" else None
+
     # --- the draw ---
 
     def select(self, tasks: list[TaskRows], asked: int) -> tuple[str, dict[str, Any]]:
         """Everything that decides which rows come back; returns a key of it and what it is made of."""
-        needs, keys, made = self.selector.needs, [t.key for t in tasks], dict[str, Any]()
-        if len(tasks) == 1:
-            needs = needs - {"distance", "vectors", "row_vectors"}
+        needs, keys, made = self.needs(tasks), list[str](), dict[str, Any]()
         if "insinfo" in needs:
             tags_key, made["tags"] = self.tags(tasks)
             keys.append(tags_key)
@@ -231,19 +249,28 @@ class Build:
             distance_keys, made["distances"] = self.distances(tasks, vectors)
             keys += distance_keys
         if "row_vectors" in needs:
-            keys += self.embed([_row_texts(t) for t in tasks[:-1]], "rows")
-        key = key_of("sample", SAMPLE_VERSION, keys, self.config.replay.model_dump(), self.config.seed, asked)
+            keys += self.embed([row_texts(t) for t in tasks[:-1]], "rows")
+        key = self.sample_key(tasks, keys, asked)
         with self._stage_unless_cached("sample", [key], "rows") as advance:
             made["sample"] = self.store.get("sample", key, partial(self._write_draw, tasks, asked, made))
-            advance(asked)
+            advance(pl.scan_parquet(made["sample"] / "rows.parquet").select(pl.len()).collect().item())
         return key, made
+
+    def needs(self, tasks: list[TaskRows]) -> frozenset[str]:
+        """What the selector has to know of this stream: nothing is far from, or like, a task that stands alone."""
+        return self.selector.needs if len(tasks) > 1 else self.selector.needs & {"insinfo"}
+
+    def sample_key(self, tasks: list[TaskRows], keys: list[str], asked: int) -> str:
+        """Key of the draw: the rows, every measurement, the selector and the seed."""
+        rows, cfg = [t.key for t in tasks], self.config.replay.model_dump()
+        return key_of("sample", SAMPLE_VERSION, rows, keys, cfg, self.config.seed, asked)
 
     def _write_draw(self, tasks: list[TaskRows], asked: int, made: dict[str, Any], folder: Path) -> None:
         *previous, current = tasks
         scored = pl.read_parquet(made["tags"] / "instructions.parquet") if "tags" in made else None
         pools = [self._pool(t, scored) for t in previous]
         distances = np.array([d.value for d in made["distances"]]) if "distances" in made else None
-        weights = self.selector.shares([p for p, _ in pools], distances)
+        weights = self.selector.shares([p for p, _ in pools], distances) if pools else np.zeros(0)
         capacity = [p.rows for p, _ in pools]
         context = Context(self._vectors(current), self.config.seed)
         share = shares(weights, asked)
@@ -276,7 +303,7 @@ class Build:
             scores = mine["insinfo"].to_numpy()
             if self.config.replay.unit == "tag_cluster":
                 clusters = mine["rarest"].fill_null("").rank("dense").to_numpy().astype(np.int64) - 1
-        row_vectors = self.embeddings.of(_row_texts(task)) if "row_vectors" in self.selector.needs else None
+        row_vectors = self.embeddings.of(row_texts(task)) if "row_vectors" in self.selector.needs else None
         pool = Pool(task.task.name, index["index"].to_numpy().astype(np.int64), self._vectors(task), row_vectors,
                     scores, clusters)  # fmt: skip
         return pool, index
@@ -300,14 +327,17 @@ class Build:
             "solver": sorted({d.method for d in made.get("distances", [])}),
         }
         key = key_of("manifest", MANIFEST_VERSION, SCHEMA_VERSION, sample_key, facts)
-        if (unchanged := self._published(key)) is not None:
+        if (manifest := self._published(key)) is not None:
             self.screen.cached("manifest", str(self.out))
-            return unchanged
-        with self.screen.stage("manifest", None, "rows") as advance:
-            frames, provenance, card = assemble(tasks, made, {"build_key": key, **facts})
-            write(self.out, frames, provenance, card)
-            advance(frames["samples"].height)
-        return read(self.out)
+        else:
+            with self.screen.stage("manifest", None, "rows") as advance:
+                frames, provenance, card = assemble(tasks, made, {"build_key": key, **facts})
+                write(self.out, frames, provenance, card)
+                advance(frames["samples"].height)
+            manifest = read(self.out)
+        if (granted := int(manifest.tasks["granted"].sum())) < asked:
+            self.screen.note(f"{granted:,} of {asked:,} rows granted; `reason` in tasks.parquet says why for each task")
+        return manifest
 
     def _published(self, key: str) -> Manifest | None:
         try:
@@ -360,15 +390,6 @@ def _refuse_foreign(out: Path) -> None:
         if foreign := sorted(f.name for f in out.iterdir() if f.name not in ours):
             raise InputError(f"out {out}: the folder holds other files than a manifest ({foreign[0]!r})",
                              remedy="choose a new folder with out=FOLDER")  # fmt: skip
-
-
-def _row_texts(task: TaskRows) -> list[str]:
-    """What a row is embedded as: its prompt's messages, or its document. In the order of uids."""
-    rows = task.scan().select("uid", "prompt", "completion").collect().sort("uid")
-    return [
-        "\n\n".join(m["content"] or "" for m in prompt or completion)
-        for prompt, completion in rows.select("prompt", "completion").iter_rows()
-    ]
 
 
 def _per_instruction(task: TaskRows, draw: Draw) -> pl.DataFrame:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,17 @@ Overrides = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="print the version")] = False,
+) -> None:
+    if version:
+        from curate import __version__
+
+        sys.stdout.write(f"rehearse {__version__}\n")
+        raise typer.Exit
 
 
 @app.command()
@@ -165,15 +177,24 @@ def _errors(resumable: bool = False) -> Iterator[None]:
         more = "; what is done is kept, the same command goes on from there" if resumable else ""
         console.print(f"stopped{more}", soft_wrap=True)
         raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+    except Exception as error:
+        if _errno(error) not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
         console.print(
             f"[red]error:[/] {escape(str(error))}\n  remedy: make room, or choose other folders with out=FOLDER and "
             "cache=FOLDER; nothing was published, and what is done is kept",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            highlight=False,
+        )
         raise typer.Exit(1) from None
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's error number, also where polars has wrapped it into a text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__module__.startswith("polars") else None
+    return int(found[1]) if found else None
 
 
 def main() -> None:

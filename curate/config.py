@@ -136,6 +136,8 @@ class EmbedConfig(_Section):
     def _precomputed_has_path(self) -> EmbedConfig:
         if (self.backend == "precomputed") != (self.path is not None):
             raise ValueError("`embed.path` is given with `embed.backend: precomputed`, and only then")
+        if self.backend == "lm" and "model" not in self.model_fields_set:
+            raise ValueError("`embed.backend: lm` needs `embed.model`: a folder or hub name of a causal language model")
         return self
 
 
@@ -234,6 +236,8 @@ class BuildConfig(_Section):
 def _apply(data: dict[str, Any], override: str) -> None:
     """Set one dotted path of a nested mapping in place."""
     dotted, _, text = override.partition("=")
+    if not text.strip():
+        raise InputError(f"{override}: there is no value behind the =", remedy="write null for the default")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -271,12 +275,24 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
-        return f"unknown key {place!r}; did you mean {near[0]!r}? Known here: {', '.join(known)}"
+        return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{place}: {message}{shown}" if place else message
+
+
+def _nearest(location: Sequence[str | int], known: list[str], model: type[BaseModel]) -> str:
+    """The nearest key in the same section, else one of that name in another section."""
+    key = str(location[-1])
+    prefix = "".join(f"{part}." for part in location[:-1])
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return f"; did you mean {prefix + near[0]!r}?"
+    for section in model.model_fields if not prefix else ():
+        if key in (inside := _keys_at(model, [section])) and inside != known:
+            return f"; did you mean {section + '.' + key!r}?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"; the nearest is {prefix + near[0]!r}?" if near else ""
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -285,5 +301,5 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
     return [name for name in model.model_fields if name != "base"]

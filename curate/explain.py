@@ -59,7 +59,7 @@ def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
     instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
     yield from _instruction(m, instruction)
     yield (
-        f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken at random "
+        f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
         f"(seed {m.provenance['config']['seed']}); this is one of them."
     )
 
@@ -79,7 +79,7 @@ def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
         yield f"Draw: none of the instruction's {instruction['rows']} rows was taken."
     else:
         yield (
-            f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken at random "
+            f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
             f"(seed {m.provenance['config']['seed']}); this one was not."
         )
 

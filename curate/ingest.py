@@ -70,9 +70,23 @@ class TaskRows:
         return pl.read_parquet(self.folder / "drops.parquet")
 
     @property
+    def size(self) -> int:
+        """Number of distinct instructions."""
+        return self.summary["instructions"]
+
+    @property
     def summary(self) -> dict[str, int]:
         """rows, instructions, dropped."""
         return dict(json.loads((self.folder / "summary.json").read_bytes()))
+
+
+def row_texts(task: TaskRows) -> list[str]:
+    """What a row is embedded as: its prompt's messages, or its document. In the order of uids."""
+    rows = task.scan().select("uid", "prompt", "completion").collect().sort("uid")
+    return [
+        "\n\n".join(m["content"] or "" for m in prompt or completion)
+        for prompt, completion in rows.select("prompt", "completion").iter_rows()
+    ]
 
 
 def ingest(task: Task, base: Path, folder: Path, done: Callable[[int], None] = lambda n: None) -> None:

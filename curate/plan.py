@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from curate.embed import Embeddings
-from curate.ingest import TaskRows
+from curate.ingest import TaskRows, row_texts
+from curate.readers import Row
+from curate.readers import read as read_rows
+from curate.vocabulary import phrases_of
 
 if TYPE_CHECKING:
     from curate.build import Build
 
-BYTES_A_ROW = 160  # of a gzipped source, where the rows are not counted yet
-ROWS_A_SECOND = 15_000  # read, and once more written: measured on two cores
-TEXTS_A_SECOND = 120  # MiniLM, instructions of about 60 tokens, two cores
+SAMPLE = 1_000  # rows of a source that are looked at for an estimate
+BYTES_A_ROW = 120  # of a gzipped source, where the rows are not counted yet
+ROWS_A_SECOND = 15_000  # read or written; this and the rates below were measured on two cores
+TEXTS_A_SECOND = 100  # MiniLM, instructions of about 60 tokens
+TAGGED_A_SECOND = 3_000  # instructions
 PAIRS_A_SECOND = 1_500_000  # exact transport, pairs of instructions
+START = 10.0  # seconds until a model is loaded
 
 
 @dataclass(frozen=True)
@@ -31,53 +37,114 @@ class Step:
 
 
 def plan(build: Build) -> list[Step]:
-    """The steps of a build. What stands behind a stage that has not run is unknown: its keys need that result."""
+    """The steps of a build, in its order. Where rows are not read yet, their first 1,000 a task are looked at."""
     sources = build.sources()
     if build.needs_vectors:
         _ = build.embedder.fingerprint
     keyed = [(task, build.read_key(task, sources[index])) for task, index in build.stream]
     there = [TaskRows(t, build.store.path("read", k), k) for t, k in keyed if build.store.has("read", k)]
     n_bytes = sum(s.n_bytes for s in sources)
-    todo = 0.0 if len(there) == len(keyed) else n_bytes / BYTES_A_ROW / ROWS_A_SECOND
-    steps = [Step("read", len(keyed), len(there), f"{n_bytes / 1e6:,.1f} MB", todo)]
     if len(there) < len(keyed):
-        return [*steps, *_unknown(build, len(keyed))]
+        rows, texts = _sampled(build, [sources[index].n_bytes for _, index in build.stream])
+        read = Step("read", len(keyed), len(there), f"about {rows:,} rows", rows / ROWS_A_SECOND)
+        return [read, *_estimated(build, texts), *_last(build, rows, None, None)]
     asked = build.budget(there)  # a budget that cannot be met is found out here, too
     rows = sum(t.summary["rows"] for t in there)
-    return [*steps, *_measurements(build, there), Step("sample", 1, None, f"{asked:,} of {rows:,} rows", 0.1),
+    steps, keys = _measurements(build, there)
+    done = build.store.has("sample", build.sample_key(there, keys, asked)) if keys is not None else False
+    read = Step("read", len(keyed), len(keyed), f"{rows:,} rows, {n_bytes / 1e6:,.1f} MB", 0.0)
+    return [read, *steps, *_last(build, rows, asked, done)]
+
+
+def _last(build: Build, rows: int, asked: int | None, drawn: bool | None) -> list[Step]:
+    size = f"{rows:,} rows" if asked is None else f"{asked:,} of {rows:,} rows"
+    return [Step("sample", 1, int(bool(drawn)), size, 0.0 if drawn else rows / ROWS_A_SECOND / 10),
             Step("manifest", 1, None, str(build.out), rows / ROWS_A_SECOND)]  # fmt: skip
 
 
-def _unknown(build: Build, tasks: int) -> list[Step]:
-    needs = build.selector.needs
-    names = ["embed"] if build.needs_vectors else []
-    names += ["distance"] if "distance" in needs else []
-    names += ["tags", "score"] if "insinfo" in needs else []
-    return [Step(n, None, None, "known after read", None) for n in [*names, "sample"]] + [
-        Step("manifest", 1, None, str(build.out), None)
-    ]
+def _sampled(build: Build, n_bytes: list[int]) -> tuple[int, list[int]]:
+    """(rows of all tasks, distinct instructions of each), guessed from the first rows of each source."""
+    rows, texts = 0, []
+    for (task, _), size in zip(build.stream, n_bytes, strict=True):
+        first = [r for r in islice(read_rows(task.config, build.base, task.block), SAMPLE) if isinstance(r, Row)]
+        whole = len(first) < SAMPLE
+        guess = len(first) if whole else max(len(first), size // BYTES_A_ROW)
+        distinct = len({r.instruction for r in first})
+        saturated = whole or distinct < len(first) / 4
+        texts.append(distinct if saturated else round(distinct / len(first) * guess))
+        rows += guess
+    return rows, texts
 
 
-def _measurements(build: Build, tasks: list[TaskRows]) -> list[Step]:
-    needs, steps = build.selector.needs, []
-    sizes = [t.summary["instructions"] for t in tasks]
-    if needs & {"distance", "vectors"}:
-        embeddings = Embeddings(build.store, build.embedder)
-        for task in tasks:
-            embeddings.extend(task.instructions["instruction"].to_list())
-        missing = sum(len(b.texts) for b in embeddings.missing())
-        steps.append(Step("embed", len(embeddings.blocks), len(embeddings.blocks) - len(embeddings.missing()),
-                          f"{missing:,} of {sum(sizes):,} instructions", missing / TEXTS_A_SECOND))  # fmt: skip
-    if "distance" in needs:
-        most = build.config.distance.max_points
-        pairs = sum(min(n, most) * min(sizes[-1], most) for n in sizes[:-1])
-        steps.append(Step("distance", len(tasks) - 1, None, f"{pairs:,} pairs", pairs / PAIRS_A_SECOND))
-    if "row_vectors" in needs:
-        rows = sum(t.summary["rows"] for t in tasks[:-1])
-        steps.append(Step("embed", None, None, f"{rows:,} rows", rows / TEXTS_A_SECOND))
+def _estimated(build: Build, texts: list[int]) -> list[Step]:
+    """Stages behind rows that are not read yet: nothing of them can be known to be cached."""
+    needs, n, steps = build.selector.needs, sum(texts), list[Step]()
     if "insinfo" in needs:
-        steps += [Step(n, 1, None, f"{sum(sizes):,} instructions", sum(sizes) / 2000) for n in ("tags", "score")]
+        steps.append(Step("tags", 1, 0, f"about {n:,} instructions", n / TAGGED_A_SECOND))
+        steps += [Step("embed", None, None, "their tags", 4 * n / TEXTS_A_SECOND)] if build.config.tags.cluster else []
+        steps.append(Step("score", 1, 0, "", n / TAGGED_A_SECOND))
+    if needs & {"distance", "vectors"}:
+        steps.append(Step("embed", None, None, f"about {n:,} instructions", n / TEXTS_A_SECOND + START))
+    if "distance" in needs:
+        steps.append(_distance(build, texts, 0))
     return steps
+
+
+def _distance(build: Build, texts: list[int], cached: int) -> Step:
+    most = build.config.distance.max_points
+    pairs = sum(min(n, most) * min(texts[-1], most) for n in texts[:-1])
+    left = pairs * (1 - cached / max(1, len(texts) - 1))
+    return Step("distance", len(texts) - 1, cached, f"{pairs:,} pairs", left / PAIRS_A_SECOND)
+
+
+def _measurements(build: Build, tasks: list[TaskRows]) -> tuple[list[Step], list[str] | None]:
+    """The stages between read and sample, and their keys where all of them can be known."""
+    needs, steps, keys = build.needs(tasks), list[Step](), list[str]()
+    sizes, known = [t.size for t in tasks], True
+    if "insinfo" in needs:
+        tag_steps, tag_key = _tags(build, tasks)
+        steps += tag_steps
+        known = tag_key is not None
+        keys += [tag_key] if tag_key else []
+    if needs & {"distance", "vectors"}:
+        step, vectors = _embed(build, [t.instructions["instruction"].to_list() for t in tasks], "instructions")
+        steps.append(step)
+        keys += vectors
+        if "distance" in needs:
+            distances = build.distance_keys(tasks, vectors)
+            steps.append(_distance(build, sizes, sum(build.store.has("distance", k) for k in distances)))
+            keys += distances
+    if "row_vectors" in needs:
+        step, vectors = _embed(build, [row_texts(t) for t in tasks[:-1]], "rows")
+        steps.append(step)
+        keys += vectors
+    return steps, keys if known else None
+
+
+def _embed(build: Build, texts: list[list[str]], what: str) -> tuple[Step, list[str]]:
+    before = {b.key for b in build.embeddings.blocks}
+    keys = [build.embeddings.extend(each) for each in texts]
+    blocks = [b for b in build.embeddings.blocks if b.key not in before]
+    missing = [b for b in blocks if not build.store.has("embed", b.key)]
+    n = sum(len(b.texts) for b in missing)
+    size = f"{n:,} of {sum(map(len, texts)):,} {what}"
+    return Step("embed", len(blocks), len(blocks) - len(missing), size, n / TEXTS_A_SECOND + START * bool(n)), keys
+
+
+def _tags(build: Build, tasks: list[TaskRows]) -> tuple[list[Step], str | None]:
+    """Tags, their vectors and InsInfo; the key of InsInfo where the raw tags are there."""
+    n, raw_key = sum(t.size for t in tasks), build.raw_tags_key(tasks)
+    tagging = Step("tags", 1, 0, f"{n:,} instructions", n / TAGGED_A_SECOND)
+    if not build.store.has("tags", raw_key):
+        return [tagging, Step("score", 1, 0, "", n / TAGGED_A_SECOND)], None
+    steps = [replace(tagging, cached=1, seconds=0.0)]
+    phrases, vectors = phrases_of(build.store.path("tags", raw_key)), None
+    if build.config.tags.cluster and phrases:
+        step, (vectors,) = _embed(build, [phrases], "tags")
+        steps.append(step)
+    key = build.score_key(raw_key, vectors, tasks)
+    there = build.store.has("score", key)
+    return [*steps, Step("score", 1, int(there), f"{len(phrases):,} tags", 0.0 if there else 1.0)], key
 
 
 def plan_table(steps: list[Step]) -> Table:
@@ -88,6 +155,8 @@ def plan_table(steps: list[Step]) -> Table:
     for s in steps:
         about = "–" if s.seconds is None else "0 s" if s.seconds == 0 else f"{max(1, round(s.seconds)):,} s"
         table.add_row(s.stage, _or_dash(s.results), _or_dash(s.cached), s.size, about)
+    table.add_section()
+    table.add_row("in all", "", "", "", f"{sum(s.seconds or 0 for s in steps):,.0f} s")
     return table
 
 

@@ -97,8 +97,8 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
         clusters = tags.filter(pl.col("cluster") >= 0)["cluster"].n_unique()
         lines.append(
             f"- Tags: tagger `{config['tags']['tagger']}`, {tags.height:,} raw tags, "
-            f"{tags['canonical'].n_unique():,} after {clusters:,} clusters; InsInfo over a pool of {tags['pool'][0]:,} "
-            "instructions."
+            f"{tags['canonical'].n_unique():,} after lemmas and {clusters:,} clusters; InsInfo over a pool of "
+            f"{tags['pool'][0]:,} instructions."
         )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,12 @@ class LanguageModel:
 
     def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:
         self.folder, self.name, self.config = folder, name, config
+        kinds = _architectures(folder)
+        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            raise InputError(
+                f"embed.model {name!r}: not a causal language model ({', '.join(kinds) or 'no config.json'})",
+                remedy="use embed.backend=sentence-transformers for it, or name a causal model",
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,6 +254,14 @@ def _hub_snapshot(model: str) -> Path:
             f"embed.model {model!r}: neither a folder nor a model that can be had ({type(error).__name__})",
             remedy=f"check the name and the network, or use {MINILM!r}, which is installed with this package",
         ) from None
+
+
+def _architectures(folder: Path) -> list[str]:
+    """What a model's config.json says that it is."""
+    try:
+        return [str(kind) for kind in json.loads((folder / "config.json").read_bytes()).get("architectures") or []]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def _hash_folder(folder: Path) -> str:
