@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from curate.assemble import assemble
 from curate.config import BuildConfig
-from curate.distance import Distance, task_distance
+from curate.distance import Distance, Side, side, task_distance
 from curate.embed import Embeddings
 from curate.errors import InputError
 from curate.ingest import VERSION as READ_VERSION
@@ -67,6 +67,7 @@ class Build:
         self.out = Path(config.out)
         self.store = Store(config.cache_dir)
         self.selector = SELECTORS[config.replay.selector]
+        self._current: Side | None = None
 
     def run(self) -> Manifest:
         """All stages; the manifest is published at the very end."""
@@ -197,13 +198,20 @@ class Build:
         ]  # fmt: skip
 
     def _write_distance(self, task: TaskRows, current: TaskRows, folder: Path) -> None:
-        sides = []
-        for side in (task.instructions, current.instructions):
-            mass = side["rows"].to_numpy() if self.config.distance.weights == "frequency" else np.ones(side.height)
-            sides.append((self.embeddings.of(side["instruction"].to_list()), mass))
-        (a, mass_a), (b, mass_b) = sides
-        result = task_distance(a, b, mass_a, mass_b, self.config.distance, self.config.seed)
+        result = task_distance(self._side(task), self._current_side(current))
         pl.DataFrame([vars(result)]).write_parquet(folder / "distance.parquet")
+
+    def _side(self, task: TaskRows) -> Side:
+        found = task.instructions
+        mass = found["rows"].to_numpy() if self.config.distance.weights == "frequency" else np.ones(found.height)
+        points = self.embeddings.of(found["instruction"].to_list())
+        return side(points, mass, self.config.distance, self.config.seed)
+
+    def _current_side(self, current: TaskRows) -> Side:
+        """The current task's side, which every distance of a build shares."""
+        if self._current is None:
+            self._current = self._side(current)
+        return self._current
 
     def tags(self, tasks: list[TaskRows]) -> tuple[str, Path]:
         """Stages tags and score: a key, and the folder with canonical tags, InsInfo and the tags table."""

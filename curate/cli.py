@@ -36,15 +36,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 
 
-@app.callback()
-def _top(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="print the version")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from curate import __version__
 
         sys.stdout.write(f"rehearse {__version__}\n")
         raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

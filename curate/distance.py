@@ -71,46 +71,56 @@ def wasserstein(
     return _transport(cost, mass_x, mass_y)
 
 
-def task_distance(
-    a: ArrayLike, b: ArrayLike, weights_a: ArrayLike, weights_b: ArrayLike, config: DistanceConfig, seed: int
-) -> Distance:
-    """Distance between two tasks' instruction sets: exact up to `max_points` a side, otherwise over centroids.
+@dataclass(frozen=True)
+class Side:
+    """One task's instructions as the solver sees them: unit vectors, or the centroids that stand for them."""
+
+    points: Matrix  # [n, d]
+    mass: Matrix  # [n], adds up to 1
+    error: float  # root-mean-square quantisation error; 0 = the instructions themselves
+
+
+def side(points: ArrayLike, weights: ArrayLike, config: DistanceConfig, seed: int) -> Side:
+    """A task's instructions [n, d] with their masses [n]; above `max_points` of them, `centroids` weighted means."""
+    x = _normalised(_points(points, "points"), "points")
+    mass = _masses(weights, len(x), "weights")
+    return Side(x, mass, 0.0) if len(x) <= config.max_points else _quantise(x, mass, config.centroids, seed)
+
+
+def task_distance(a: Side, b: Side) -> Distance:
+    """Distance between two tasks: exact, or over centroids with the largest possible error.
 
     On the unit sphere the cosine cost is half the squared Euclidean distance, so √(2W) is the 2-Wasserstein metric.
-    Replacing a side by centroids moves it by at most q, its root-mean-square quantisation error; by the triangle
-    inequality |√(2W) - √(2Ŵ)| ≤ q_a + q_b = q, hence |W - Ŵ| ≤ q·√(2Ŵ) + q²/2.
+    Replacing a side by centroids moves it by at most q, its root-mean-square quantisation error. From below, by the
+    triangle inequality, √(2W) ≥ √(2Ŵ) - q_a - q_b. From above, spreading each centroid's plan evenly over its points is
+    a plan, and costs 2W ≤ 2Ŵ + q_a² + q_b² (Pythagoras), which is sharper than the triangle inequality. The bound is
+    the larger gap of the two.
     """
-    x, y = _normalised(_points(a, "a"), "a"), _normalised(_points(b, "b"), "b")
-    mass_x, mass_y = _masses(weights_a, len(x), "weights_a"), _masses(weights_b, len(y), "weights_b")
-    if max(len(x), len(y)) <= config.max_points:
-        return Distance(_transport(_half_squared(x, y), mass_x, mass_y), 0.0, "exact")
-    x, mass_x, q_x = _quantise(x, mass_x, config, seed)
-    y, mass_y, q_y = _quantise(y, mass_y, config, seed)
-    value, q = _transport(_half_squared(x, y), mass_x, mass_y), q_x + q_y
-    bound = q * float(np.sqrt(2 * value)) + q * q / 2
-    return Distance(value, min(bound, max(value, 2 - value)), "centroids")  # W itself lies in [0, 2]
+    value = _transport(_half_squared(a.points, b.points), a.mass, b.mass)
+    if a.error == b.error == 0:
+        return Distance(value, 0.0, "exact")
+    below = value - max(0.0, float(np.sqrt(2 * value)) - a.error - b.error) ** 2 / 2
+    above = (a.error**2 + b.error**2) / 2
+    return Distance(value, max(below, above), "centroids")
 
 
-def _quantise(x: Matrix, mass: Matrix, config: DistanceConfig, seed: int) -> tuple[Matrix, Matrix, float]:
-    """(centroids, their masses, RMS quantisation error); a side that is small enough stays as it is."""
-    if len(x) <= config.max_points:
-        return x, mass, 0.0
+def _quantise(x: Matrix, mass: Matrix, k: int, seed: int) -> Side:
+    """Weighted k-means; every centroid is the mean of its points, as the bound above needs it."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    k = min(config.centroids, len(x))
-    means = KMeans(k, init="random", n_init=1, max_iter=10, random_state=seed, copy_x=True)
+    means = KMeans(min(k, len(x)), init="random", n_init=1, max_iter=10, random_state=seed)
     with threadpool_limits(1), warnings.catch_warnings():  # one thread: sums in one order; no fit needs to converge
         warnings.simplefilter("ignore")
         label = means.fit(x.astype(np.float32), sample_weight=mass).labels_
-    total = np.bincount(label, mass, minlength=k)
-    used = total > 0
+    used, label = np.unique(label[mass > 0], return_inverse=True)
+    x, mass = x[mass > 0], mass[mass > 0]
+    total = np.bincount(label, mass)
     order = np.argsort(label, kind="stable")
-    starts = np.searchsorted(label[order], np.flatnonzero(used))
-    centroids = np.add.reduceat((x * mass[:, None])[order], starts) / total[used][:, None]  # the true weighted means
-    place = np.cumsum(used) - 1
-    error = np.sqrt(np.sum(mass * np.sum((x - centroids[place[label]]) ** 2, axis=1)))
-    return centroids, total[used] / total[used].sum(), float(error)
+    starts = np.searchsorted(label[order], np.arange(len(used)))
+    centroids = np.add.reduceat((x * mass[:, None])[order], starts) / total[:, None]
+    error = np.sqrt(np.sum(mass * np.sum((x - centroids[label]) ** 2, axis=1)))
+    return Side(centroids, total / total.sum(), float(error))
 
 
 def _half_squared(x: Matrix, y: Matrix) -> Matrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -69,7 +70,7 @@ class Terminal:
         ]  # fmt: skip
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             line = progress.add_task(f"{name:<9}", total=total)
-            done = 0
+            done, start = 0, time.monotonic()
 
             def advance(n: int) -> None:
                 nonlocal done
@@ -79,7 +80,7 @@ class Terminal:
             yield advance
             progress.update(line, total=max(done, 1), completed=max(done, 1))
         if not self.console.is_terminal:
-            self.console.print(f"✓ {name:<9} {done:,} {unit}")
+            self.console.print(f"✓ {name:<9} {done:,} {unit} in {time.monotonic() - start:.1f} s", highlight=False)
 
     def cached(self, name: str, what: str) -> None:
         """A line for a stage whose result is already there."""
