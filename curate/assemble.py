@@ -153,7 +153,7 @@ def _reason(quota: int, granted: int, rows: int) -> str | None:
         return f"{granted - quota} more: the excess of tasks that are smaller than their quota"
     if granted == rows:
         return f"the task has only {rows} rows"
-    return f"{quota - granted} rows fewer: the selector found no more"
+    return f"{quota - granted} fewer: all shares were rounded anew with the excess of smaller tasks"
 
 
 def _drops(tasks: list[TaskRows], picked: list[pl.DataFrame], instructions: pl.DataFrame) -> pl.DataFrame:

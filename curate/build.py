@@ -9,6 +9,7 @@ rebuild redoes what changed and a killed build goes on where it stopped. A stage
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from curate.manifest.schema import SCHEMA_VERSION, TABLES
 from curate.models import Embedder, open_embedder
 from curate.readers import SourceId, identify, time_blocks
 from curate.sample import SELECTORS, Context, Draw, Pool, allocate, generator, shares
-from curate.screen import Screen, Silent
+from curate.screen import Advance, Screen, Silent
 from curate.store import Store, key_of
 from curate.vocabulary import VERSION as TAGS_VERSION
 from curate.vocabulary import phrases_of, score, tag
@@ -101,9 +102,9 @@ class Build:
         return stream
 
     def read_key(self, task: Task, source: SourceId) -> str:
-        """Key of a task's rows: the bytes of the source and how they are read, not where the file lies."""
+        """Key of a task's rows: names and bytes of the source's files, and how they are read."""
         how = task.config.model_dump(exclude={"path"})
-        return key_of("read", READ_VERSION, sorted(source.files.values()), how, task.name, task.block)
+        return key_of("read", READ_VERSION, sorted(source.files.items()), how, task.name, task.block)
 
     def read(self, sources: list[SourceId]) -> list[TaskRows]:
         """Stage read: every task's rows as Parquet."""
@@ -112,13 +113,18 @@ class Build:
             self.screen.cached("read", f"{len(keyed)} tasks")
         with self._stage_unless_cached("read", [k for _, k in keyed], "rows") as advance:
             tasks = [
-                TaskRows(task, self.store.get("read", key, partial(ingest, task, self.base, done=advance)), key)
-                for task, key in keyed
+                TaskRows(task, self.store.get("read", key, partial(self._ingest, task, sources[index], advance)), key)
+                for (task, key), (_, index) in zip(keyed, self.stream, strict=True)
             ]
         for each in tasks:
             if n := each.summary["dropped"]:
                 self.screen.note(f"{each.task.name}: {n:,} rows left out; drops.parquet lists each with its reason")
         return tasks
+
+    def _ingest(self, task: Task, source: SourceId, advance: Advance, folder: Path) -> None:
+        ingest(task, self.base, folder, advance)
+        if identify(task.config, self.base) != source:  # its rows must not be kept under the hash of other bytes
+            raise InputError(f"{task.config.path}: changed while it was read", remedy="build again")
 
     def budget(self, tasks: list[TaskRows]) -> int:
         """α in rows. A total above all pools together is refused; a derived one is granted as far as it goes."""
@@ -280,7 +286,7 @@ class Build:
         distances = np.array([d.value for d in made["distances"]]) if "distances" in made else None
         weights = self.selector.shares([p for p, _ in pools], distances) if pools else np.zeros(0)
         capacity = [p.rows for p, _ in pools]
-        context = Context(self._vectors(current), self.config.seed)
+        context = Context(self._vectors(current) if previous else None, self.config.seed)
         share = shares(weights, asked)
         quota, granted = allocate(weights, asked), allocate(weights, asked, capacity)
         rows, instructions = [], []
@@ -335,7 +341,7 @@ class Build:
             "solver": sorted({d.method for d in made.get("distances", [])}),
         }
         key = key_of("manifest", MANIFEST_VERSION, SCHEMA_VERSION, sample_key, facts)
-        if (manifest := self._published(key)) is not None:
+        if (manifest := self._published(key, facts)) is not None:
             self.screen.cached("manifest", str(self.out))
         else:
             with self.screen.stage("manifest", None, "rows") as advance:
@@ -347,9 +353,12 @@ class Build:
             self.screen.note(f"{granted:,} of {asked:,} rows granted; `reason` in tasks.parquet says why for each task")
         return manifest
 
-    def _published(self, key: str) -> Manifest | None:
+    def _published(self, key: str, facts: Mapping[str, Any]) -> Manifest | None:
         try:
-            if read_provenance(self.out).get("build_key") == key:
+            found = read_provenance(self.out)
+            if found.get("build_key") == key and all(
+                found.get(k) == v for k, v in json.loads(json.dumps(facts)).items()
+            ):
                 return read(self.out)
         except (ManifestError, OSError):
             pass  # whatever lies there is replaced
@@ -371,7 +380,7 @@ class Build:
             except OSError as error:
                 raise InputError(f"{key} {folder}: cannot be written: {error.strerror}",
                                  remedy=f"choose another folder with {key}=FOLDER") from None  # fmt: skip
-        lock = FileLock(self.out.absolute().with_name(f".{self.out.name}.lock"))
+        lock = FileLock(self.out.resolve().with_name(f".{self.out.resolve().name}.lock"))
         try:
             with lock.acquire(timeout=0):
                 yield
@@ -395,7 +404,9 @@ def _refuse_foreign(out: Path) -> None:
     """A folder that holds anything but a manifest is somebody else's: nothing there is touched."""
     if out.is_dir() and not (out / PROVENANCE).is_file():
         ours = {STAGING, CARD, *(t.file for t in TABLES.values())}
-        if foreign := sorted(f.name for f in out.iterdir() if f.name not in ours):
+        if foreign := sorted(
+            f.name for f in out.iterdir() if f.name not in ours and not f.name.startswith(".writable.")
+        ):
             raise InputError(f"out {out}: the folder holds other files than a manifest ({foreign[0]!r})",
                              remedy="choose a new folder with out=FOLDER")  # fmt: skip
 

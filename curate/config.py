@@ -157,7 +157,7 @@ class TagsConfig(_Section):
     cluster: bool = Field(True, description="merge tags by DBSCAN over phrase embeddings")
     eps: float = Field(0.1, gt=0, lt=2, description="DBSCAN radius in cosine distance (InsCL: 0.1)")
     min_samples: int = Field(5, gt=0, description="DBSCAN: neighbours of a core point, itself included (InsCL: 5)")
-    min_frequency: int = Field(1, gt=0, description="drop tags that fewer instructions carry")
+    min_frequency: int = Field(1, gt=0, description="leave out tags that fewer instructions of the pool carry")
 
 
 class ScoreConfig(_Section):
@@ -173,7 +173,7 @@ class BuildConfig(_Section):
     """A whole build. `BuildConfig.load(path, overrides)` reads it; `curate.build.build(config)` runs it."""
 
     name: str = Field("replay", description="name of the data set on its card")
-    seed: int = Field(0, ge=0, description="seed of every draw")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every draw")
     tasks: Annotated[list[TaskConfig], Field(min_length=1)] = Field(
         description="in the order of the stream; the last one is the current task"
     )

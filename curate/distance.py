@@ -109,12 +109,12 @@ def _quantise(x: Matrix, mass: Matrix, k: int, seed: int) -> Side:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
+    x, mass = x[mass > 0], mass[mass > 0]
     means = KMeans(min(k, len(x)), init="random", n_init=1, max_iter=10, random_state=seed)
     with threadpool_limits(1), warnings.catch_warnings():  # one thread: sums in one order; no fit needs to converge
         warnings.simplefilter("ignore")
         label = means.fit(x.astype(np.float32), sample_weight=mass).labels_
-    used, label = np.unique(label[mass > 0], return_inverse=True)
-    x, mass = x[mass > 0], mass[mass > 0]
+    used, label = np.unique(label, return_inverse=True)
     total = np.bincount(label, mass)
     order = np.argsort(label, kind="stable")
     starts = np.searchsorted(label[order], np.arange(len(used)))

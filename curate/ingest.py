@@ -141,7 +141,14 @@ def _parts(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
 
 def _sample(task: Task, row: Row) -> dict[str, Any]:
     return {
-        "uid": sample_uid(task.name, row.prompt, row.completion, row.references, row.tools),
+        "uid": sample_uid(
+            task.name,
+            row.prompt,
+            row.completion,
+            row.references,
+            row.tools,
+            candidates=[(c.text, c.rank) for c in row.candidates],
+        ),
         "row": row.row,
         "instruction_uid": instruction_uid(task.name, row.instruction),
         "instruction": row.instruction,

@@ -5,6 +5,7 @@ InsCL (NAACL 2024), sections 3.2-3.3 and appendix B for the baselines. Departure
 - shares are rounded by largest remainder and add up exactly; the excess of a pool that is too small goes to the others
   in proportion (the official code raises, or stops short);
 - zero scores everywhere mean equal shares (the official code divides by zero);
+- `prototype_instruction` tries at most 32 clusters;
 - `unit: tag_cluster` puts an instruction into the cluster of its rarest tag, so that clusters do not overlap.
 """
 
@@ -64,8 +65,8 @@ def allocate(scores: ArrayLike, total: int, capacity: ArrayLike | None = None) -
     >>> allocate([5, 3, 2], 100, capacity=[10, 100, 100]).tolist()  # 40 rows too many go 3 : 2 to the others
     [10, 54, 36]
     """
-    if total != int(total) or total < 0:
-        raise ValueError(f"total must be a whole number ≥ 0, not {total}")
+    if total != int(total) or not 0 <= total < 2**53:  # above it, floats are no longer whole numbers
+        raise ValueError(f"total must be a whole number from 0 to 2^53, not {total}")
     share = shares(scores, total, capacity)
     if share.size == 0:
         return np.zeros(0, np.int64)
@@ -262,7 +263,13 @@ def _best_k_means(x: NDArray[np.float32], seed: int) -> tuple[Ints, Floats]:
     tried = [_k_means(x, k, seed) for k in range(2, min(distinct - 1, MOST_CLUSTERS) + 1)]
     if not tried:  # fewer than three distinct instructions: each is its own prototype
         return _k_means(x, distinct, seed)
-    return max(tried, key=lambda fit: silhouette_score(x, fit[0], sample_size=min(len(x), 2000), random_state=seed))
+    some = np.random.default_rng(seed).permutation(len(x))[:2000]  # silhouettes are quadratic
+
+    def silhouette(fit: tuple[Ints, Floats]) -> float:
+        label = fit[0][some]
+        return float(silhouette_score(x[some], label)) if 1 < len(np.unique(label)) < len(some) else -1.0
+
+    return max(tried, key=silhouette)
 
 
 def draw_nothing(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:

@@ -13,16 +13,33 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 from curate.manifest.io import sha256_file, sync
 from curate.manifest.schema import content_hash
 
+PACKAGES = {
+    "embed": ("torch", "transformers", "sentence-transformers"),
+    "distance": ("POT", "numpy", "scikit-learn"),
+    "tags": ("spacy", "spacy-lookups-data"),
+    "sample": ("numpy", "scikit-learn"),
+}
+
 
 def key_of(stage: str, version: int, *parts: Any) -> str:
-    """Key of a result: what went in (JSON values: configuration and upstream keys) and the stage's code version."""
-    return content_hash([stage, version, *parts])
+    """Key of a result: what went in (JSON values: configuration and upstream keys) and the code that made it.
+
+    The code is the stage's own version and those of the libraries whose numbers the result holds.
+    """
+    return content_hash([stage, version, _versions(stage), *parts])
+
+
+@cache
+def _versions(stage: str) -> list[str]:
+    return [package_version(name) for name in PACKAGES.get(stage, ())]
 
 
 CONTENTS = "contents.json"  # file name -> sha256, in every result

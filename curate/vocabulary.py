@@ -77,12 +77,12 @@ def score(
     canonical_of = dict(phrases.select("tag", "canonical").iter_rows())
     rows = pl.read_parquet(tagged / "tagged.parquet")
     tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"].to_list()]
-    common = {t for t, n in frequencies(tags).items() if n >= config.min_frequency}
-    tags = [[t for t in each if t in common] for each in tags]
     in_pool = [task != left_out for task in rows["task"]]
+    count = frequencies(each for each, inside in zip(tags, in_pool, strict=True) if inside)
+    if config.min_frequency > 1:
+        tags = [[t for t in each if count[t] >= config.min_frequency] for each in tags]
     pool = [each for each, inside in zip(tags, in_pool, strict=True) if inside]
     values = iter(insinfo(pool).tolist())
-    count = frequencies(pool)
     rows.select("uid").with_columns(
         tags=pl.Series(tags, dtype=pl.List(pl.String)),
         insinfo=pl.Series([next(values) if inside else None for inside in in_pool], dtype=pl.Float64),

@@ -90,7 +90,8 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
         f"- Seed: {config['seed']}.",
     ]
     if provenance["embedder"]:
-        lines.append(f"- Embedder: `{_escape(config['embed']['model'])}` (`{provenance['embedder']}`).")
+        name = config["embed"]["path"] or config["embed"]["model"]
+        lines.append(f"- Embedder: `{_escape(name)}` (`{provenance['embedder']}`).")
     if provenance["solver"]:
         lines.append(f"- Transport solver: {', '.join(provenance['solver'])}; optimality proven.")
     if tags.height:

@@ -42,8 +42,17 @@ def check(folder: str | os.PathLike[str]) -> list[str]:
     if schema_holds:
         manifest = Manifest(folder=folder, provenance=provenance, **frames)
         for rule in RULES:
-            faults += _shortened(rule(manifest))
+            faults += _shortened(_applied(rule, manifest))
     return faults
+
+
+def _applied(rule: Rule, manifest: Manifest) -> Iterator[str]:
+    """A rule's faults; a rule that a forged value breaks says so, and the others still run."""
+    try:
+        yield from rule(manifest)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, pl.exceptions.PolarsError) as error:
+        promise = " ".join((rule.__doc__ or "").split())
+        yield f"cannot be verified, a value is out of place ({type(error).__name__}: {error}): {promise}"
 
 
 def _shortened(faults: Iterator[str]) -> list[str]:
@@ -75,15 +84,20 @@ def _rows_belong(m: Manifest) -> Iterator[str]:
             elif stage_of[task] != stage:
                 yield f"{name}.parquet: row {number}: stage {stage} of task {task!r}, it must be {stage_of[task]}"
     for number, (stage, origin) in enumerate(m.samples.select("stage", "origin").iter_rows()):
-        if (stage == current) != (origin == "current") and origin != "augmented":
+        if origin != "augmented" and (stage == current) != (origin == "current"):
             yield f"samples.parquet: row {number}: origin {origin!r} at stage {stage}, the current stage is {current}"
 
 
 def _uids(m: Manifest) -> Iterator[str]:
     """Every uid is the hash of its row."""
+    ranked: dict[str, list[tuple[str, int]]] = {}
+    brought = m.completions.filter(pl.col("origin").is_in(["annotated", "human"]) & pl.col("rank").is_not_null())
+    for prompt, text, rank in brought.select("prompt_uid", "text", "rank").iter_rows():
+        ranked.setdefault(prompt, []).append((text, rank))
     columns = ("uid", "task", "prompt", "completion", "references", "tools", "parent_uid")
     for number, (uid, *content) in enumerate(m.samples.select(columns).iter_rows()):
-        if sample_uid(*content) != uid:
+        task, prompt, completion, references, tools, parent = content
+        if sample_uid(task, prompt, completion, references, tools, parent, ranked.get(uid, ())) != uid:
             yield f"samples.parquet: row {number}: uid {uid} is not the hash of its content; the row was edited"
     for number, (uid, task, text) in enumerate(m.instructions.select("uid", "task", "instruction").iter_rows()):
         if instruction_uid(task, text) != uid:
@@ -96,23 +110,77 @@ def _uids(m: Manifest) -> Iterator[str]:
 
 
 def _quotas(m: Manifest) -> Iterator[str]:
-    """Quotas add up to the budget; granted rows are there; a difference has its reason."""
-    drawn = dict(m.samples.filter(pl.col("origin") == "replay").group_by("task").len().iter_rows())
-    by_instruction = dict(m.instructions.group_by("task").agg(pl.col("granted").sum()).iter_rows())
-    previous = m.tasks.filter(pl.col("quota").is_not_null())
-    asked = m.provenance.get("replay", {}).get("asked")
-    if asked != previous["quota"].sum():
-        yield f"tasks.parquet: column 'quota' adds up to {previous['quota'].sum()}, the budget asked for {asked}"
+    """Shares and quotas add up to the budget and follow the distances; a difference of quota and grant has a reason."""
+    previous, replay = m.tasks.filter(pl.col("quota").is_not_null()).sort("stage"), m.provenance["replay"]
+    asked = replay["asked"]
+    for column in ("quota", "share"):
+        if previous.height and not math.isclose(previous[column].sum(), asked, abs_tol=1e-6):
+            yield f"tasks.parquet: column {column!r} adds up to {previous[column].sum()}, the budget asked for {asked}"
+    total = previous["distance"].sum()
     for t in previous.iter_rows(named=True):
         where = f"tasks.parquet: task {t['task']!r}"
-        if t["granted"] != drawn.get(t["task"], 0):
-            yield f"{where}: granted {t['granted']} rows, samples.parquet holds {drawn.get(t['task'], 0)} replay rows"
-        if t["granted"] != by_instruction.get(t["task"], 0):
-            yield f"{where}: granted {t['granted']}, instructions.parquet adds up to {by_instruction.get(t['task'], 0)}"
+        if abs(t["quota"] - t["share"]) >= 1 + 1e-6:
+            yield f"{where}: quota {t['quota']} is not its share {t['share']}, rounded"
+        if t["distance"] is not None and total:
+            share = t["distance"] / total * asked
+            if not math.isclose(t["share"], share, rel_tol=1e-9, abs_tol=1e-6):
+                yield f"{where}: share {t['share']}, its distance {t['distance']} of {total} gives {share}"
         if t["granted"] > t["rows"]:
             yield f"{where}: granted {t['granted']} rows of {t['rows']}"
         if (t["granted"] != t["quota"]) != (t["reason"] is not None):
             yield f"{where}: quota {t['quota']}, granted {t['granted']}, reason {t['reason']!r}"
+
+
+def _counts(m: Manifest) -> Iterator[str]:
+    """Rows, instructions, grants and means of a task or instruction are what the other tables hold."""
+    drawn = m.samples.filter(pl.col("origin") == "replay").group_by("task", "instruction").len("drawn")
+    each = m.instructions.join(drawn, on=["task", "instruction"], how="left").with_columns(pl.col("drawn").fill_null(0))
+    for uid, granted, found in each.select("uid", "granted", "drawn").iter_rows():
+        if (granted or 0) != found:
+            yield f"instructions.parquet: uid {uid}: granted {granted}, samples.parquet holds {found} of its rows"
+    kept = m.samples.filter(pl.col("origin") != "augmented").join(
+        m.instructions.select("task", "instruction", pl.col("uid").alias("instruction_uid")), on=["task", "instruction"]
+    )
+    left = m.drops.filter(pl.col("step") == "sample")
+    have = pl.concat([kept.select("instruction_uid"), left.select("instruction_uid")]).group_by("instruction_uid").len()
+    rows = m.instructions.join(have, left_on="uid", right_on="instruction_uid", how="left")
+    for uid, said, found in (
+        rows.filter(pl.col("rows").ne_missing(pl.col("len"))).select("uid", "rows", "len").iter_rows()
+    ):
+        yield f"instructions.parquet: uid {uid}: {said} rows, but {found or 0} are in samples.parquet and drops.parquet"
+    weighted = pl.col("insinfo") * pl.col("granted")
+    sums = m.instructions.group_by("task").agg(
+        pl.len().alias("n"), pl.col("rows").sum(), pl.col("granted").sum(), 
+        (pl.col("granted") > 0).sum().alias("covered"),
+        weighted.sum().alias("insinfo"),
+    )  # fmt: skip
+    for t in m.tasks.join(sums, on="task", how="left", suffix="_of").iter_rows(named=True):
+        where, previous = f"tasks.parquet: task {t['task']!r}", t["quota"] is not None
+        for column, found in (("instructions", t["n"]), ("rows", t["rows_of"])):
+            if t[column] != found:
+                yield f"{where}: {column} {t[column]}, instructions.parquet gives {found}"
+        for column in ("granted", "covered") if previous else ():
+            if t[column] != t[f"{column}_of"]:
+                yield f"{where}: {column} {t[column]}, instructions.parquet gives {t[f'{column}_of']}"
+        mean = t["insinfo_of"] / t["granted"] if t["insinfo"] is not None and t["granted"] else None
+        if t["insinfo"] is not None and (
+            mean is None or not math.isclose(t["insinfo"], mean, rel_tol=1e-9, abs_tol=1e-9)
+        ):
+            yield f"{where}: insinfo {t['insinfo']}, instructions.parquet gives {mean}"
+
+
+def _inputs(m: Manifest) -> Iterator[str]:
+    """Each task has as many usable and unusable rows as the provenance says that its source had."""
+    unusable = dict(m.drops.filter(pl.col("step") == "read").group_by("task").len().iter_rows())
+    inputs = {i["task"]: i for i in m.provenance["inputs"]}
+    for task, rows, instructions in m.tasks.select("task", "rows", "instructions").iter_rows():
+        said, found = (
+            inputs.get(task, {}),
+            {"rows": rows, "instructions": instructions, "dropped": unusable.get(task, 0)},
+        )
+        for key, number in found.items():
+            if said.get(key) != number:
+                yield f"task {task!r}: the tables have {key} {number}, provenance.json says {said.get(key)}"
 
 
 def _nothing_lost(m: Manifest) -> Iterator[str]:
@@ -136,6 +204,9 @@ def _lineage(m: Manifest) -> Iterator[str]:
     for number, parent in enumerate(m.samples["parent_uid"]):
         if parent is not None and parent not in samples:
             yield f"samples.parquet: row {number}: parent_uid {parent} is not in samples.parquet"
+    for number, (origin, parent) in enumerate(m.samples.select("origin", "parent_uid").iter_rows()):
+        if (origin == "augmented") != (parent is not None):
+            yield f"samples.parquet: row {number}: origin {origin!r} with parent_uid {parent}"
     for number, prompt in enumerate(m.completions["prompt_uid"]):
         if prompt not in samples:
             yield f"completions.parquet: row {number}: prompt_uid {prompt} is not in samples.parquet"
@@ -152,24 +223,30 @@ def _lineage(m: Manifest) -> Iterator[str]:
 
 
 def _scores(m: Manifest) -> Iterator[str]:
-    """InsInfo is Σ log(N/f_t) of the tags table, and a sample has its instruction's."""
-    counts = dict(m.tags.select("canonical", "count").iter_rows())
-    pool = max(m.tags["pool"], default=0)
+    """F_t, N and InsInfo are what the instructions' tags give, and a sample has its instruction's tags and InsInfo."""
+    config = m.provenance["config"]
+    current = m.tasks.sort("stage")["task"][-1]
+    pool = m.instructions if config["score"]["pool"] == "all" else m.instructions.filter(pl.col("task") != current)
+    found = dict(pool.select(pl.col("tags").list.explode()).drop_nulls().to_series().value_counts().iter_rows())
+    for tag, canonical, count, n in m.tags.select("tag", "canonical", "count", "pool").iter_rows():
+        if n != pool.height:
+            yield f"tags.parquet: tag {tag!r}: pool {n}, instructions.parquet gives {pool.height}"
+        if count != found.get(canonical, 0) and (canonical in found or config["tags"]["min_frequency"] == 1):
+            yield f"tags.parquet: tag {tag!r}: count {count}, instructions.parquet gives {found.get(canonical, 0)}"
+    if m.tags.height and (n := pool["insinfo"].null_count()):
+        yield f"instructions.parquet: column 'insinfo' is null for {n} instructions of the pool"
     rows = m.instructions.filter(pl.col("insinfo").is_not_null()).select("uid", "tags", "insinfo")
     for uid, tags, insinfo in rows.iter_rows():
-        unknown = [t for t in tags or [] if not counts.get(t)]
-        if unknown:
-            yield f"instructions.parquet: uid {uid}: tag {unknown[0]!r} has no count in tags.parquet"
-        elif not math.isclose(insinfo, math.fsum(math.log(pool / counts[t]) for t in tags or []), abs_tol=1e-9):
+        if not math.isclose(insinfo, math.fsum(math.log(pool.height / found[t]) for t in tags or []), abs_tol=1e-9):
             yield f"instructions.parquet: uid {uid}: insinfo {insinfo} is not what its tags and tags.parquet give"
-    columns = ["task", "instruction", "insinfo"]
-    both = m.samples.filter(pl.col("origin") == "replay").join(
-        m.instructions.select(columns), on=columns[:2], suffix="_of_instruction"
+    both = m.samples.filter(pl.col("origin") != "augmented").join(
+        m.instructions.select("task", "instruction", "tags", "insinfo"), on=["task", "instruction"], suffix="_of"
     )
-    for uid in both.filter(pl.col("insinfo").ne_missing(pl.col("insinfo_of_instruction")))["uid"]:
-        yield f"samples.parquet: uid {uid}: column 'insinfo' is not its instruction's"
+    for column in ("tags", "insinfo"):
+        for uid in both.filter(pl.col(column).ne_missing(pl.col(f"{column}_of")))["uid"]:
+            yield f"samples.parquet: uid {uid}: column {column!r} is not its instruction's"
 
 
-RULES: tuple[Rule, ...] = (_stream, _rows_belong, _uids, _quotas, _nothing_lost, _lineage, _scores)
+RULES: tuple[Rule, ...] = (_stream, _rows_belong, _uids, _quotas, _counts, _inputs, _nothing_lost, _lineage, _scores)
 
 __all__ = ["ManifestError", "check"]

@@ -75,6 +75,11 @@ def _column_faults(table: Table, frame: pl.DataFrame, name: str, where: str) -> 
     if column.values and (bad := series.is_in(list(column.values)).not_() & series.is_not_null()).any():
         row = bad.arg_max() or 0
         faults.append(f"{where}: row {row}: column {name!r} is {series[row]!r}, not one of {', '.join(column.values)}")
+    if name in table.sizes and (bad := (series < 0).fill_null(False)).any():
+        row = bad.arg_max() or 0
+        faults.append(f"{where}: row {row}: column {name!r} is {series[row]}, it must not be negative")
+    if isinstance(column.dtype, pl.List) and series.list.contains(None).any():
+        faults.append(f"{where}: row {series.list.contains(None).arg_max()}: column {name!r} holds a null entry")
     if series.dtype.is_float() and (bad := series.is_finite().not_() & series.is_not_null()).any():
         faults.append(f"{where}: row {bad.arg_max()}: column {name!r} is not a finite number")
     return faults
@@ -108,6 +113,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     try:
         provenance = json.loads(path.read_bytes())
         version = str(provenance["schema_version"])
+        for section in ("config", "replay", "outputs"):
+            if not isinstance(provenance[section], dict):
+                raise TypeError(f"{section!r} is not an object")
         int(version.split(".")[0])
     except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path}: not a provenance file ({error!r}); run `curate build` again") from None
@@ -122,8 +130,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
     """Files whose bytes are not those that the build wrote."""
     outputs = provenance.get("outputs")
-    if not isinstance(outputs, dict) or not {t.file for t in TABLES.values()} <= outputs.keys():
-        return [f"{folder / PROVENANCE}: it does not list the hash of every table; run `curate build` again"]
+    if not isinstance(outputs, dict) or not {CARD, *(t.file for t in TABLES.values())} <= outputs.keys():
+        return [f"{folder / PROVENANCE}: it does not list the hash of every file; run `curate build` again"]
     faults = []
     for name, expected in sorted(outputs.items()):
         path = folder / name

@@ -70,12 +70,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One Parquet file of a manifest: what a row is, the columns in order, and the columns that identify a row."""
+    """One Parquet file of a manifest: what a row is, its columns in order, and which of them identify a row."""
 
     name: str
     row: str
     columns: Mapping[str, Column]
     key: tuple[str, ...]
+    sizes: tuple[str, ...] = ()  # numeric columns that are never negative
 
     @property
     def file(self) -> str:
@@ -132,6 +133,7 @@ SAMPLES = Table(
         "weight": Column(pl.Float64, "sample weight in the loss, ≥ 0, 1 = plain"),
     },
     key=("uid",),
+    sizes=("stage", "row", "insinfo", "weight"),
 )
 
 COMPLETIONS = Table(
@@ -170,6 +172,7 @@ COMPLETIONS = Table(
         ),
     },
     key=("uid",),
+    sizes=("stage", "n_tokens", "temperature", "rank"),
 )
 
 TASKS = Table(
@@ -202,6 +205,18 @@ TASKS = Table(
         "insinfo": Column(pl.Float64, "mean InsInfo over the drawn rows in nats", null="nothing drawn, or no scores"),
     },
     key=("task",),
+    sizes=(
+        "stage",
+        "rows",
+        "instructions",
+        "distance",
+        "distance_bound",
+        "share",
+        "quota",
+        "granted",
+        "covered",
+        "insinfo",
+    ),
 )
 
 INSTRUCTIONS = Table(
@@ -219,6 +234,7 @@ INSTRUCTIONS = Table(
         "granted": Column(pl.Int64, "rows drawn", null="the current task"),
     },
     key=("uid",),
+    sizes=("stage", "rows", "insinfo", "quota", "granted"),
 )
 
 TAGS = Table(
@@ -233,6 +249,7 @@ TAGS = Table(
         "pool": Column(pl.Int64, "N: instructions in the pool"),
     },
     key=("tag",),
+    sizes=("raw_count", "count", "pool"),
 )
 
 DROPS = Table(
@@ -253,6 +270,7 @@ DROPS = Table(
         ),
     },
     key=("task", "row", "uid"),
+    sizes=("stage", "row", "score"),
 )
 
 TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, DROPS)}
@@ -285,8 +303,9 @@ def sample_uid(
     references: Iterable[str],
     tools: str | None = None,
     parent_uid: str | None = None,
+    candidates: Iterable[tuple[str, int]] = (),
 ) -> str:
-    """Uid of a sample: the hash of its task, messages, references, and tools and parent where there are any."""
+    """Uid of a sample: the hash of its task, messages, references; of tools, parent and ranked answers if any."""
     body: dict[str, Any] = {
         "task": task,
         "prompt": [plain_message(m) for m in prompt],
@@ -297,6 +316,8 @@ def sample_uid(
         body["tools"] = tools
     if parent_uid is not None:
         body["parent_uid"] = parent_uid
+    if ranked := sorted((rank, text) for text, rank in candidates):
+        body["candidates"] = ranked
     return content_hash(body)
 
 

@@ -62,7 +62,7 @@ class SentenceModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights and the module configuration, which holds the pooling."""
-        return f"sentence-transformers:{_hash_folder(self.folder)}"
+        return f"sentence-transformers:{_hash_folder(self.folder)}:{_how(self.config)}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d]; the model's own pooling and truncation."""
@@ -96,7 +96,7 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights and tokenizer, with the pooling."""
-        return f"lm:{self.config.pooling}:{_hash_folder(self.folder)}"
+        return f"lm:{self.config.pooling}:{_hash_folder(self.folder)}:{_how(self.config)}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d]; sorted by length inside, so that little is padded."""
@@ -137,6 +137,7 @@ class LanguageModel:
             raise InputError(f"embed.model {self.name!r} cannot be loaded: {error}") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"  # then the positions of a text do not depend on what it is padded to
         return model.to(device).eval(), tokenizer
 
 
@@ -155,7 +156,7 @@ class Precomputed:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """The stored vectors of these texts, normalised."""
-        rows, vectors = self._table
+        rows, vectors = self._table  # [texts of the file, d]
         missing = next((t for t in texts if t not in rows), None)
         if missing is not None:
             raise InputError(
@@ -166,7 +167,9 @@ class Precomputed:
 
     @cached_property
     def _table(self) -> tuple[dict[str, int], Vectors]:
-        frame = self._read()
+        known, frame = self.fingerprint, self._read()
+        if f"precomputed:{sha256_file(self.path)}" != known:
+            raise InputError(f"embed.path {self.path}: changed while the build was running", remedy="build again")
         texts = frame["text"].to_list()
         vectors = np.asarray(frame["embedding"].list.to_array(len(frame["embedding"][0])).to_numpy(), np.float32)
         if (bad := ~np.isfinite(vectors).all(axis=1)).any():
@@ -256,6 +259,11 @@ def _hub_snapshot(model: str) -> Path:
         ) from None
 
 
+def _how(config: EmbedConfig) -> str:
+    """What else decides the last bit of a vector: the batch and the device."""
+    return f"batch {config.batch_size} on {config.device or 'default device'}"
+
+
 def _architectures(folder: Path) -> list[str]:
     """What a model's config.json says that it is."""
     try:
@@ -271,6 +279,9 @@ def _hash_folder(folder: Path) -> str:
         raise InputError(
             f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused"
         )
+    pickled = [f for f in folder.rglob("*.bin") if not any(f.parent.glob("*.safetensors"))]
+    if pickled:
+        raise InputError(f"{pickled[0]}: pickled weights", remedy="convert them to safetensors; pickle is refused")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
