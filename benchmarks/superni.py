@@ -79,7 +79,7 @@ def main() -> None:
         shuffled = random.Random(0).sample(CURRICULUM, len(CURRICULUM))
         for name, order in (("curriculum", CURRICULUM), ("reverse", CURRICULUM[::-1]), ("random", shuffled)):
             place = workplace(scratch / name, source, order)
-            run(place, f"cache={here}/runs/.cache")
+            run(place, f"cache={here}/runs/.curate-cache")
             tasks = pl.read_parquet(place / "runs/superni/tasks.parquet").sort("stage")
             quotas = ", ".join(f"{t} {g}" for t, g in tasks.select("task", "granted").head(-1).iter_rows())
             print(f"{name}, for {tasks['task'][-1]}: {quotas}")

@@ -38,8 +38,11 @@ def assemble(
         made: `sample`: folder of the draw; `tags`: folder of the scores and `distances`: list, where there are any.
         facts: what the provenance records of the build.
     """
-    drawn = {name: pl.read_parquet(made["sample"] / f"{name}.parquet") for name in ("rows", "instructions", "tasks")}
-    scored = pl.read_parquet(made["tags"] / "instructions.parquet") if "tags" in made else None
+    drawn = {
+        name: pl.read_parquet(made["sample"] / f"{name}.parquet", glob=False)
+        for name in ("rows", "instructions", "tasks")
+    }
+    scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
     instructions = _instructions(tasks, drawn["instructions"], scored)
     picked = [_picked(task, drawn["rows"], last=task is tasks[-1]) for task in tasks]
     frames = {
@@ -47,7 +50,9 @@ def assemble(
         "completions": _completions(tasks, picked),
         "tasks": _tasks(tasks, drawn["tasks"], instructions, made.get("distances")),
         "instructions": instructions,
-        "tags": pl.read_parquet(made["tags"] / "tags.parquet").sort("tag") if "tags" in made else TAGS.empty(),
+        "tags": pl.read_parquet(made["tags"] / "tags.parquet", glob=False).sort("tag")
+        if "tags" in made
+        else TAGS.empty(),
         "drops": _drops(tasks, picked, instructions),
     }
     provenance = {**facts, "rehearse": curate.__version__, "packages": _packages(), "python": platform.python_version()}

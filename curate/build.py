@@ -190,7 +190,7 @@ class Build:
         with self._stage_unless_cached("distance", keys, "tasks", total=len(previous)) as advance:
             for task, key in zip(previous, keys, strict=True):
                 path = self.store.get("distance", key, partial(self._write_distance, task, current))
-                found.append(Distance(**pl.read_parquet(path / "distance.parquet").row(0, named=True)))
+                found.append(Distance(**pl.read_parquet(path / "distance.parquet", glob=False).row(0, named=True)))
                 advance(1)
         return keys, found
 
@@ -267,7 +267,7 @@ class Build:
         key = self.sample_key(tasks, keys, asked)
         with self._stage_unless_cached("sample", [key], "rows") as advance:
             made["sample"] = self.store.get("sample", key, partial(self._write_draw, tasks, asked, made))
-            advance(pl.scan_parquet(made["sample"] / "rows.parquet").select(pl.len()).collect().item())
+            advance(pl.read_parquet(made["sample"] / "rows.parquet", glob=False).height)
         return key, made
 
     def needs(self, tasks: list[TaskRows]) -> frozenset[str]:
@@ -281,7 +281,7 @@ class Build:
 
     def _write_draw(self, tasks: list[TaskRows], asked: int, made: dict[str, Any], folder: Path) -> None:
         *previous, current = tasks
-        scored = pl.read_parquet(made["tags"] / "instructions.parquet") if "tags" in made else None
+        scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
         pools = [self._pool(t, scored) for t in previous]
         distances = np.array([d.value for d in made["distances"]]) if "distances" in made else None
         weights = self.selector.shares([p for p, _ in pools], distances) if pools else np.zeros(0)
@@ -364,9 +364,19 @@ class Build:
             pass  # whatever lies there is replaced
         return None
 
+    def _refuse_own_input(self) -> None:
+        """A build that writes into one of its sources would read itself the next time."""
+        for task in self.config.tasks:
+            source = (self.base / task.path).resolve()
+            for name, folder in (("out", self.out), ("cache", self.store.root)):
+                if source.is_dir() and folder.resolve().is_relative_to(source):
+                    raise InputError(f"{name} {folder}: lies inside the source of task {task.name!r} ({task.path})",
+                                     remedy=f"choose another folder with {name}=FOLDER")  # fmt: skip
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The output folder and the store are writable, and the folder is this build's alone."""
+        self._refuse_own_input()
         _refuse_foreign(self.out)
         for folder, key in (
             (self.out if self.out.exists() else self.out.absolute().parent, "out"),
@@ -402,8 +412,12 @@ class Build:
 
 def _refuse_foreign(out: Path) -> None:
     """A folder that holds anything but a manifest is somebody else's: nothing there is touched."""
+    ours = {STAGING, CARD, *(t.file for t in TABLES.values())}
+    wrong = [n for n in (*ours, PROVENANCE) if (out / n).exists() and (out / n).is_dir() != (n == STAGING)]
+    if (out.is_symlink() and not out.exists()) or wrong:
+        raise InputError(f"out {out}: {wrong[0] if wrong else 'a link to nothing'} is in the way of the manifest",
+                         remedy="remove it, or choose another folder with out=FOLDER")  # fmt: skip
     if out.is_dir() and not (out / PROVENANCE).is_file():
-        ours = {STAGING, CARD, *(t.file for t in TABLES.values())}
         if foreign := sorted(
             f.name for f in out.iterdir() if f.name not in ours and not f.name.startswith(".writable.")
         ):

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,29 +182,32 @@ def _errors(resumable: bool = False) -> Iterator[None]:
         console.print(f"stopped{more}", soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception as error:
-        if _errno(error) not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if not _is_system(error):
             raise
         console.print(
-            f"[red]error:[/] {escape(str(error))}\n  remedy: make room, or choose other folders with out=FOLDER and "
-            "cache=FOLDER; nothing was published, and what is done is kept",
+            f"[red]error:[/] {escape(str(error)[:1000])}\n  remedy: mend the path or make room, or choose other folders "
+            "with out=FOLDER and cache=FOLDER; nothing was published, and what is done is kept",
             soft_wrap=True,
             highlight=False,
         )
         raise typer.Exit(1) from None
 
 
-def _errno(error: Exception) -> int | None:
-    """The system's error number, also where polars has wrapped it into a text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__module__.startswith("polars") else None
-    return int(found[1]) if found else None
+def _is_system(error: Exception) -> bool:
+    """True for what the system refused (no room, no right, no such place), also where polars has wrapped it."""
+    words = ("os error", "IO error", "transport error")
+    wrapped = type(error).__module__.startswith("polars") and any(word in str(error) for word in words)
+    return isinstance(error, OSError) or wrapped
 
 
 def main() -> None:
     """Entry point of the console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn on every screen
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

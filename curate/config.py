@@ -7,6 +7,7 @@ Every key has its default and its meaning here and nowhere else. Paths in the fi
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ Selector = Literal[
     "prototype_data", "prototype_instruction", "diverse_instruction",
 ]  # fmt: skip
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*\Z")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
 MAX_NAME = 100
 
 
@@ -99,9 +100,13 @@ class ReplayConfig(_Section):
     """How many rows of the older tasks come back, and which."""
 
     selector: Selector = Field("inscl", description="how rows are chosen; `curate selectors` explains each")
-    budget: int | None = Field(None, gt=0, description="α in rows: a total over all previous tasks")
-    per_task: int | None = Field(None, gt=0, description="α = per_task × (number of previous tasks); the default, 200")
-    ratio: float | None = Field(None, gt=0, description="α = ratio × rows of the current task")
+    budget: int | None = Field(None, gt=0, le=10**12, description="α in rows: a total over all previous tasks")
+    per_task: int | None = Field(
+        None, gt=0, le=10**9, description="α = per_task × (number of previous tasks); the default, 200"
+    )
+    ratio: float | None = Field(
+        None, gt=0, le=1000, allow_inf_nan=False, description="α = ratio × rows of the current task"
+    )
     unit: Literal["instruction", "tag_cluster"] = Field(
         "instruction", description="what a task's quota is divided over by InsInfo"
     )
@@ -183,7 +188,7 @@ class BuildConfig(_Section):
     tags: TagsConfig = Field(TagsConfig.model_validate({}), description="intent tags")
     score: ScoreConfig = Field(ScoreConfig.model_validate({}), description="InsInfo")
     out: str = Field("runs/replay", description="folder of the manifest, relative to the working directory")
-    cache: str | None = Field(None, description="folder of stage results; by default .cache beside `out`")
+    cache: str | None = Field(None, description="folder of stage results; by default .curate-cache beside `out`")
     base: str = Field(".", exclude=True, description="folder that task paths are relative to; set by load()")
 
     @model_validator(mode="after")
@@ -197,7 +202,7 @@ class BuildConfig(_Section):
     @property
     def cache_dir(self) -> Path:
         """Where stage results are kept: shared by all runs of one folder."""
-        return Path(self.cache) if self.cache else Path(self.out).absolute().parent / ".cache"
+        return Path(self.cache) if self.cache else Path(self.out).absolute().parent / ".curate-cache"
 
     def resolve(self, path: str) -> Path:
         """A path of the configuration file as a path of this process."""
@@ -215,8 +220,10 @@ class BuildConfig(_Section):
             raise InputError(
                 f"{path}: a folder, not a config file", remedy=f"`curate init {path}` writes one"
             ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not valid YAML: {error}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not valid YAML: {str(error)[:500]}") from None
+        except OSError as error:
+            raise InputError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: the config must be a mapping of keys, not {type(data).__name__}")
         for override in overrides:
@@ -227,10 +234,15 @@ class BuildConfig(_Section):
     def parse(cls, data: dict[str, Any], where: str = "config") -> BuildConfig:
         """Validate a mapping; every fault is listed with its dotted path."""
         try:
+            if "\0" in json.dumps(data, ensure_ascii=False, default=str).encode().decode().replace("\\u0000", "\0"):
+                raise InputError(f"{where}: a value holds the character NUL")
             return cls.model_validate(data)
         except ValidationError as error:
             lines = [_explain(e, cls) for e in error.errors()]
-            raise InputError(f"{where}: " + "; ".join(lines)) from None
+            more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+            raise InputError(f"{where}: " + "; ".join([*lines[:10], *more])) from None
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise InputError(f"{where}: a value is not valid text: {error}") from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -240,8 +252,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise InputError(f"{override}: there is no value behind the =", remedy="write null for the default")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{override}: the value is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{override[:200]}: the value is not valid YAML: {str(error)[:500]}") from None
     *parents, last = dotted.split(".")
     node: Any = data
     for key in parents:
@@ -260,7 +272,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, key: str, override: str) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not (key.isascii() and key.isdecimal()) or int(key) >= len(node):
             raise InputError(f"{override}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
         return node[int(key)]
     if isinstance(node, dict):
@@ -278,7 +290,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    shown = f" (given: {repr(given)[:100]})" if isinstance(given, str | int | float | bool) else ""
     return f"{place}: {message}{shown}" if place else message
 
 
@@ -292,7 +304,7 @@ def _nearest(location: Sequence[str | int], known: list[str], model: type[BaseMo
         if key in (inside := _keys_at(model, [section])) and inside != known:
             return f"; did you mean {section + '.' + key!r}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"; the nearest is {prefix + near[0]!r}?" if near else ""
+    return f"; the nearest is {prefix + near[0]!r}" if near else ""
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -79,4 +79,4 @@ def _write(folder: Path, vectors: Vectors) -> None:
 
 
 def _read(folder: Path) -> Vectors:
-    return np.asarray(pl.read_parquet(folder / "embeddings.parquet")["embedding"].to_numpy(), np.float32)
+    return np.asarray(pl.read_parquet(folder / "embeddings.parquet", glob=False)["embedding"].to_numpy(), np.float32)

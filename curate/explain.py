@@ -26,9 +26,13 @@ def explain(manifest: Manifest, uid: str) -> str:
     """
     uid = _whole(manifest, uid)
     sample = manifest.samples.filter(uid=uid)
-    if sample.height:
-        return "\n".join(_in(manifest, sample.row(0, named=True)))
-    return "\n".join(_out(manifest, manifest.drops.filter(uid=uid).row(0, named=True)))
+    try:
+        if sample.height:
+            return "\n".join(_in(manifest, sample.row(0, named=True)))
+        return "\n".join(_out(manifest, manifest.drops.filter(uid=uid).row(0, named=True)))
+    except (TypeError, ValueError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
+        raise InputError(f"{manifest.folder}: the tables do not fit together, so row {uid} cannot be explained",
+                         remedy=f"`curate check {manifest.folder}` says what is wrong") from None  # fmt: skip
 
 
 def _whole(manifest: Manifest, uid: str) -> str:
@@ -120,5 +124,5 @@ def _instruction(m: Manifest, instruction: dict[str, Any]) -> Iterator[str]:
 
 
 def _excerpt(name: str, text: str) -> str:
-    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))  # no escape codes of the data
     return f"{name.capitalize()}: {line if len(line) <= 300 else line[:299] + '…'}"

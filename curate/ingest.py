@@ -57,17 +57,17 @@ class TaskRows:
 
     def scan(self) -> pl.LazyFrame:
         """All usable rows, lazily, in the order of the source."""
-        return pl.scan_parquet(self.folder / "rows-*.parquet", schema=ROWS)
+        return pl.scan_parquet(sorted(self.folder.glob("rows-*.parquet")), schema=ROWS, glob=False)
 
     @property
     def instructions(self) -> pl.DataFrame:
         """uid, instruction, rows, tags (of the tags column); sorted by uid."""
-        return pl.read_parquet(self.folder / "instructions.parquet")
+        return pl.read_parquet(self.folder / "instructions.parquet", glob=False)
 
     @property
     def drops(self) -> pl.DataFrame:
         """Rows that could not be used."""
-        return pl.read_parquet(self.folder / "drops.parquet")
+        return pl.read_parquet(self.folder / "drops.parquet", glob=False)
 
     @property
     def size(self) -> int:

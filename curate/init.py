@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+import yaml
+
 from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.readers import detect_format
@@ -17,7 +19,7 @@ DATA = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".p
 HEAD = """\
 # A stream of tasks in the order in which the model learns them. The last one is the current task: all of its rows are
 # trained on, and rows of the tasks before it are replayed. Put the lines into the order of your stream.
-name: {name}
+name: "{name}"
 seed: 0
 tasks:
 """
@@ -56,8 +58,9 @@ def write_config(folder: Path, path: Path) -> Path:
     for file in files:
         lines.append(_task(file, path.parent, taken))
     text = "".join(lines) + TAIL.format(name=name)
+    BuildConfig.parse(yaml.safe_load(text), where=str(path))  # what we write, we can read
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    BuildConfig.load(path)  # what we write, we can read
     return path
 
 

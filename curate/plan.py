@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from curate.ingest import TaskRows, row_texts
 from curate.readers import Row
@@ -154,7 +155,7 @@ def plan_table(steps: list[Step]) -> Table:
         table.add_column(name, justify="left" if name in ("stage", "size") else "right")
     for s in steps:
         about = "–" if s.seconds is None else "0 s" if s.seconds == 0 else f"{max(1, round(s.seconds)):,} s"
-        table.add_row(s.stage, _or_dash(s.results), _or_dash(s.cached), s.size, about)
+        table.add_row(s.stage, _or_dash(s.results), _or_dash(s.cached), Text(s.size), about)
     table.add_section()
     table.add_row("in all", "", "", "", f"{sum(s.seconds or 0 for s in steps):,.0f} s")
     return table

@@ -94,7 +94,8 @@ class Terminal:
 def task_table(manifest: Manifest) -> Table:
     """What the build did, one row a task."""
     table = Table(
-        title=f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}", title_style="bold"
+        title=Text(f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}"),
+        title_style="bold",
     )
     table.add_column("stage", justify="right")
     table.add_column("task")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,6 +44,9 @@ def _versions(stage: str) -> list[str]:
     return [package_version(name) for name in PACKAGES.get(stage, ())]
 
 
+STAGES = ("read", "embed", "distance", "tags", "score", "sample")
+_HOST = content_hash(platform.node())[:8]  # a process number means something on its own machine only
+_HALF = re.compile(r"\.[0-9a-f]{32}\.([0-9a-f]{8})-([0-9]{1,9})\.[0-9a-f]{8}")
 CONTENTS = "contents.json"  # file name -> sha256, in every result
 
 
@@ -64,6 +69,8 @@ class Store:
         path = self.path(stage, key)
         if path.is_dir() and not _sound(path):
             shutil.rmtree(path)
+        elif path.exists() and not path.is_dir():
+            path.unlink()
         if not path.is_dir():
             with self._new(path) as folder:
                 make(folder)
@@ -72,7 +79,7 @@ class Store:
     @contextmanager
     def _new(self, path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        temporary = path.parent / f".{path.name}.{_HOST}-{os.getpid()}.{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         try:
             yield temporary
@@ -89,18 +96,20 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed builds left half-written, where their process is gone."""
-        for leftover in self.root.glob("*/.*.*.*"):
-            pid = leftover.name.rsplit(".", 2)[-2]
-            if pid.isdigit() and not _alive(int(pid)):
-                shutil.rmtree(leftover, ignore_errors=True)
+        """Remove what killed builds of this machine left half-written: names that only this class gives."""
+        for stage in STAGES:
+            for leftover in (self.root / stage).glob(".*"):
+                match = _HALF.fullmatch(leftover.name)
+                if match and match[1] == _HOST and not _alive(int(match[2])):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sound(path: Path) -> bool:
     """True where a result still has the bytes that were stored."""
     try:
         hashes = json.loads((path / CONTENTS).read_bytes())
-        return all(sha256_file(path / name) == expected for name, expected in hashes.items())
+        whole = hashes.keys() == {file.name for file in path.iterdir()} - {CONTENTS}
+        return bool(hashes) and whole and all(sha256_file(path / name) == sha for name, sha in hashes.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -56,7 +56,7 @@ def tag(instructions: pl.DataFrame, config: TagsConfig, folder: Path, done: Adva
 
 def phrases_of(tagged: Path) -> list[str]:
     """The distinct phrases of a stream, sorted: what is embedded and clustered."""
-    return sorted(set(pl.read_parquet(tagged / "phrases.parquet")["phrase"]))
+    return sorted(set(pl.read_parquet(tagged / "phrases.parquet", glob=False)["phrase"]))
 
 
 def score(
@@ -72,10 +72,10 @@ def score(
         folder: where the result goes.
         done: told of every n tags.
     """
-    phrases = pl.read_parquet(tagged / "phrases.parquet")
+    phrases = pl.read_parquet(tagged / "phrases.parquet", glob=False)
     phrases = phrases.join(_clusters(phrases, vectors, config), on="phrase", how="left", maintain_order="left")
     canonical_of = dict(phrases.select("tag", "canonical").iter_rows())
-    rows = pl.read_parquet(tagged / "tagged.parquet")
+    rows = pl.read_parquet(tagged / "tagged.parquet", glob=False)
     tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"].to_list()]
     in_pool = [task != left_out for task in rows["task"]]
     count = frequencies(each for each, inside in zip(tags, in_pool, strict=True) if inside)

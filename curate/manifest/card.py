@@ -41,7 +41,13 @@ def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> s
 
 def _front_matter(frames: Mapping[str, pl.DataFrame], name: str) -> str:
     # json.dumps gives a valid YAML string whatever the name holds
-    lines = ["---", f"pretty_name: {json.dumps(name, ensure_ascii=False)}", "tags:", "- replay", "- continual-learning"]
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(name).replace(chr(127), ' ')}",
+        "tags:",
+        "- replay",
+        "- continual-learning",
+    ]
     lines += [f"size_categories:\n- {_size(frames['samples'].height)}", "configs:"]
     for table in TABLES.values():
         if frames[table.name].height:
@@ -147,6 +153,5 @@ def _real(value: float | None, digits: int = 4) -> str | None:
 
 def _escape(text: str) -> str:
     """Text of the data, harmless in Markdown and in the HTML that it becomes."""
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;")):
-        text = text.replace(char, entity)
-    return " ".join(text.split())
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))  # no control or bidi characters
+    return "".join(f"&#{ord(c)};" if c in "&<>|`[]()!*_\\~#" else c for c in text)

@@ -31,7 +31,7 @@ def check(folder: str | os.PathLike[str]) -> list[str]:
     frames: dict[str, pl.DataFrame] = {}
     for table in TABLES.values():
         try:
-            frames[table.name] = pl.read_parquet(folder / table.file)
+            frames[table.name] = pl.read_parquet(folder / table.file, glob=False)
             faults += validate(table, frames[table.name])
         except FileNotFoundError:
             faults.append(f"{table.file}: missing")
@@ -113,10 +113,14 @@ def _quotas(m: Manifest) -> Iterator[str]:
     """Shares and quotas add up to the budget and follow the distances; a difference of quota and grant has a reason."""
     previous, replay = m.tasks.filter(pl.col("quota").is_not_null()).sort("stage"), m.provenance["replay"]
     asked = replay["asked"]
+    total = previous["distance"].sum()
+    for column in ("share", "granted", "covered"):
+        if previous[column].null_count():
+            yield f"tasks.parquet: column {column!r} is null for a previous task"
+            return
     for column in ("quota", "share"):
         if previous.height and not math.isclose(previous[column].sum(), asked, abs_tol=1e-6):
             yield f"tasks.parquet: column {column!r} adds up to {previous[column].sum()}, the budget asked for {asked}"
-    total = previous["distance"].sum()
     for t in previous.iter_rows(named=True):
         where = f"tasks.parquet: task {t['task']!r}"
         if abs(t["quota"] - t["share"]) >= 1 + 1e-6:
@@ -125,6 +129,8 @@ def _quotas(m: Manifest) -> Iterator[str]:
             share = t["distance"] / total * asked
             if not math.isclose(t["share"], share, rel_tol=1e-9, abs_tol=1e-6):
                 yield f"{where}: share {t['share']}, its distance {t['distance']} of {total} gives {share}"
+        if (t["distance"] is None) != (t["distance_bound"] is None):
+            yield f"{where}: distance {t['distance']}, distance_bound {t['distance_bound']}"
         if t["granted"] > t["rows"]:
             yield f"{where}: granted {t['granted']} rows of {t['rows']}"
         if (t["granted"] != t["quota"]) != (t["reason"] is not None):
@@ -171,6 +177,9 @@ def _counts(m: Manifest) -> Iterator[str]:
 
 def _inputs(m: Manifest) -> Iterator[str]:
     """Each task has as many usable and unusable rows as the provenance says that its source had."""
+    for name, rows in m.provenance["rows"].items():
+        if getattr(m, name).height != rows:
+            yield f"{name}.parquet: {getattr(m, name).height} rows, provenance.json says {rows}"
     unusable = dict(m.drops.filter(pl.col("step") == "read").group_by("task").len().iter_rows())
     inputs = {i["task"]: i for i in m.provenance["inputs"]}
     for task, rows, instructions in m.tasks.select("task", "rows", "instructions").iter_rows():

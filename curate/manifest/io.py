@@ -117,7 +117,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
             if not isinstance(provenance[section], dict):
                 raise TypeError(f"{section!r} is not an object")
         int(version.split(".")[0])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(f"{path}: not a provenance file ({error!r}); run `curate build` again") from None
     mine = SCHEMA_VERSION.split(".")[0]
     if version.split(".")[0] != mine:
@@ -149,7 +149,7 @@ def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
 def _read_table(folder: Path, table: Table) -> pl.DataFrame:
     path = folder / table.file
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(path, glob=False)
     except FileNotFoundError:
         raise ManifestError(f"{path}: missing; run `curate build` again") from None
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -176,7 +176,8 @@ def write(folder: Path, frames: Mapping[str, pl.DataFrame], provenance: Mapping[
         (staging / CARD).write_text(card, encoding="utf-8")
         names = sorted([t.file for t in TABLES.values()] + [CARD])
         outputs = {name: sha256_file(staging / name) for name in names}
-        whole = {"schema_version": SCHEMA_VERSION, **provenance, "outputs": outputs}
+        rows = {name: frames[name].height for name in TABLES}
+        whole = {"schema_version": SCHEMA_VERSION, **provenance, "rows": rows, "outputs": outputs}
         text = json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         (staging / PROVENANCE).write_text(text, encoding="utf-8")
         for name in [*names, PROVENANCE]:

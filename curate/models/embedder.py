@@ -77,8 +77,8 @@ class SentenceModel:
         try:
             return SentenceTransformer(str(self.folder), device=self.config.device, local_files_only=True,
                                        model_kwargs={"use_safetensors": True})  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise InputError(f"embed.model {self.name!r} cannot be loaded: {error}") from None
+        except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
+            raise InputError(f"embed.model {self.name!r} cannot be loaded: {str(error)[:500]}") from None
 
 
 class LanguageModel:
@@ -133,8 +133,8 @@ class LanguageModel:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             model: Any = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"embed.model {self.name!r} cannot be loaded: {error}") from None
+        except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
+            raise InputError(f"embed.model {self.name!r} cannot be loaded: {str(error)[:500]}") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"  # then the positions of a text do not depend on what it is padded to
@@ -185,7 +185,7 @@ class Precomputed:
 
     def _read(self) -> pl.DataFrame:
         try:
-            frame = pl.read_parquet(self.path)
+            frame = pl.read_parquet(self.path, glob=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise InputError(f"embed.path {self.path}: not readable as Parquet: {error}") from None
         for column in ("text", "embedding"):
@@ -195,7 +195,8 @@ class Precomputed:
             frame = frame.with_columns(pl.col("embedding").arr.to_list())
         if frame.height == 0:
             raise InputError(f"embed.path {self.path}: no rows")
-        if frame["text"].dtype != pl.String or not isinstance(frame["embedding"].dtype, pl.List):
+        kind = frame["embedding"].dtype
+        if frame["text"].dtype != pl.String or not isinstance(kind, pl.List) or not kind.inner.is_numeric():
             raise InputError(f"embed.path {self.path}: `text` must be strings and `embedding` lists of numbers")
         if frame.null_count().sum_horizontal().item() or frame["embedding"].list.len().n_unique() != 1:
             raise InputError(f"embed.path {self.path}: every row needs a text and a vector of one common length")
@@ -217,7 +218,7 @@ def _model_folder(model: str, base: Path) -> tuple[Path, str]:
     if model == MINILM:
         return _minilm(), model
     for folder in (base / model, Path(model)):
-        if folder.is_dir():
+        if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
             return folder, model
     return _hub_snapshot(model), model
 
@@ -274,7 +275,11 @@ def _architectures(folder: Path) -> list[str]:
 
 def _hash_folder(folder: Path) -> str:
     """SHA-256 over the names and bytes of a model's files; safetensors weights only."""
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json", ".txt", ".jinja", ".model"))
+    files = sorted(
+        f
+        for f in folder.rglob("*")
+        if f.is_file() and f.suffix in (".safetensors", ".json", ".txt", ".jinja", ".model")
+    )
     if not any(f.suffix == ".safetensors" for f in files):
         raise InputError(
             f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused"

@@ -40,8 +40,8 @@ def test_one_size_replaces_another(tmp_path):
     ("data", "override", "words"),
     [
         ({"tasks": [TASK], "sed": 1}, None, "did you mean 'seed'"),
-        ({"tasks": [TASK]}, "tasks.0.pth=x", "did you mean 'path'"),
-        ({"tasks": [TASK]}, "replay.selektor=x", "did you mean 'selector'"),
+        ({"tasks": [TASK]}, "tasks.0.pth=x", "did you mean 'tasks.0.path'"),
+        ({"tasks": [TASK]}, "replay.selektor=x", "did you mean 'replay.selector'"),
         ({"tasks": [TASK], "replay": {"budget": 1, "ratio": 0.5}}, None, "give one of budget, per_task and ratio"),
         ({"tasks": []}, None, "tasks: List should have at least 1 item"),
         ({}, None, "tasks: Field required"),

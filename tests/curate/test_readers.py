@@ -536,7 +536,8 @@ def test_not_gzip_and_gzip_unnamed(tmp_path: Path) -> None:
     [
         ("a.jsonl", b"", "the file is empty"), ("a.parquet", b"", "the file is empty"),
         ("a.jsonl", b"\n \n", "no rows"),
-        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"), ("a.json", b"[]", "no rows"), ("a.csv", b"a,b\n", "no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"), ("a.json", b"[]", "no rows"),
+        ("a.csv", b"a,b\n", "no rows"),
         ("a.txt", b"x", "not a known kind of file"), ("a.jsonl", b"[\n{}\n]", "a JSON array, not one object a line"),
         ("a.parquet", b"PAR1 but not really", "not a readable Parquet file"),
         ("a.json", b'[{"a": 1}, {"a": }]', "row 2: not JSON"), ("a.json", b'[{"a": 1}', "row 2: not JSON"),

@@ -1,7 +1,10 @@
+import os
+
 import numpy as np
 import polars as pl
 import pytest
 
+import curate.store as store_module
 from curate.config import EmbedConfig
 from curate.embed import Embeddings
 from curate.errors import InputError
@@ -48,15 +51,17 @@ def test_a_spoilt_result_is_made_again(tmp_path, spoil):
     assert (store.get("s", "k", write_text("x")) / "file").read_text() == "x"
 
 
-def test_sweep_spares_the_living(tmp_path):
+def test_sweep_takes_only_its_own_dead(tmp_path):
     store = Store(tmp_path)
-    (tmp_path / "s").mkdir()
-    import os
-
-    (tmp_path / "s" / f".k.{os.getpid()}.abc").mkdir()
-    (tmp_path / "s" / ".k.999999999.abc").mkdir()
+    key, host = "0" * 32, store_module._HOST
+    own = [f".{key}.{host}-{os.getpid()}.0123abcd", f".{key}.00000000-999999999.0123abcd", ".backup.20240101.old"]
+    dead = f".{key}.{host}-999999999.0123abcd"
+    for name in (*own, dead):
+        (tmp_path / "read" / name).mkdir(parents=True)
+    (tmp_path / "projects" / dead).mkdir(parents=True)
     store.sweep()
-    assert [p.name for p in (tmp_path / "s").iterdir()] == [f".k.{os.getpid()}.abc"]
+    assert {p.name for p in (tmp_path / "read").iterdir()} == set(own)
+    assert (tmp_path / "projects" / dead).is_dir()
 
 
 def test_keys_differ_by_every_part():
