@@ -185,7 +185,7 @@ def _errors(resumable: bool = False) -> Iterator[None]:
         if not _is_system(error):
             raise
         console.print(
-            f"[red]error:[/] {escape(str(error)[:1000])}\n  remedy: mend the path or make room, or choose other folders "
+            f"[red]error:[/] {escape(str(error)[:1000])}\n  remedy: mend the path or make room, or choose others "
             "with out=FOLDER and cache=FOLDER; nothing was published, and what is done is kept",
             soft_wrap=True,
             highlight=False,
