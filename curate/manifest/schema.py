@@ -276,14 +276,17 @@ DROPS = Table(
 TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, DROPS)}
 
 
+# made once: json.dumps would make an encoder for every row
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, UTF-8, no NaN.
 
     >>> canonical_json({"b": 1, "a": "e"})
     b'{"a":"e","b":1}'
     """
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode()
+    return _ENCODER.encode(value).encode()
 
 
 def content_hash(value: Any) -> str:

@@ -17,7 +17,9 @@ import yaml
 
 from curate.build import build
 from curate.config import BuildConfig
+from curate.errors import InputError
 from curate.manifest import TABLES, check, read
+from curate.sample import SELECTORS
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples/superni/config.yaml"
@@ -582,3 +584,102 @@ def test_init_writes_a_config_that_builds(write_jsonl, tmp_path):
     assert done.returncode == 0, done.stderr
     fails(curate("init", tmp_path), "is there already")
     fails(curate("init", tmp_path / "gone"), "not a folder")
+
+
+# --- what attackers found ---
+
+
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_a_stream_of_one_task_with_every_selector(write_jsonl, tmp_path, selector):
+    config = stream(write_jsonl, tmp_path, sizes=(6,))
+    overrides = [f"replay.selector={selector}", "replay.per_task=5", "tags.cluster=false"]
+    assert build(BuildConfig.load(config, overrides)).samples.height == 6
+    assert check(tmp_path / "run") == []
+
+
+def test_every_rejected_answer_of_a_prompt_is_kept(write_jsonl, tmp_path):
+    write_jsonl("p.jsonl", [{"prompt": "q", "chosen": "good", "rejected": f"bad {i}"} for i in range(3)])
+    task = {"name": "p", "path": "p.jsonl", "format": "preference"}
+    manifest = build(
+        {"tasks": [task], "replay": {"selector": "none"}, "out": str(tmp_path / "run"), "base": str(tmp_path)}
+    )
+    assert manifest.drops.height == 0
+    assert sorted(manifest.completions.filter(rank=2)["text"]) == ["bad 0", "bad 1", "bad 2"]
+    assert check(tmp_path / "run") == []
+
+
+def test_a_source_that_changes_while_it_is_read(write_jsonl, tmp_path, monkeypatch):
+    from curate import ingest
+
+    config = stream(write_jsonl, tmp_path)
+
+    def tamper(task, base, folder, done):
+        ingest.ingest(task, base, folder, done)
+        (tmp_path / "t0.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+
+    with monkeypatch.context() as patch:
+        patch.setattr("curate.build.ingest", tamper)
+        with pytest.raises(InputError, match="changed while it was read"):
+            build(BuildConfig.load(config, ["replay.selector=random"]))
+    assert not list((tmp_path / ".curate-cache/read").glob("*"))
+
+
+def test_brackets_in_a_path_are_no_pattern(write_jsonl, tmp_path):
+    config = stream(write_jsonl, tmp_path)
+    for out in ("x1", "x[1]"):
+        build(BuildConfig.load(config, ["replay.selector=random", f"out={tmp_path}/p[12]/{out}", f"seed={len(out)}"]))
+    assert read(tmp_path / "p[12]/x[1]").provenance["config"]["seed"] == 4
+    assert read(tmp_path / "p[12]/x1").provenance["config"]["seed"] == 2
+
+
+def test_data_cannot_speak_to_terminal_or_card(write_jsonl, tmp_path):
+    write_jsonl(
+        "a.jsonl", [{"instruction": "\x1b[2Jhi [/red] <b>", "output": "x", "lic": "![t](http://evil) <script>"}]
+    )
+    task = {"name": "a", "path": "a.jsonl", "format": "alpaca", "columns": {"license": "lic"}}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"name": "[/red] | x", "tasks": [task], "replay": {"selector": "none"}}))
+    done = curate("build", path, f"out={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "run/README.md").read_text()
+    assert "<script>" not in card
+    assert "](http" not in card
+    told = curate("explain", tmp_path / "run", read(tmp_path / "run").samples["uid"][0])
+    assert "\x1b" not in told.stdout
+    assert "[/red]" in told.stdout
+
+
+def test_output_inside_a_source_is_refused(write_jsonl, tmp_path):
+    config = stream(write_jsonl, tmp_path)
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "t0.jsonl", tmp_path / "folder")
+    fails(
+        curate("build", config, "tasks.0.path=folder", f"out={tmp_path}/folder/run"), "lies inside the source of task"
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("tasks", pl.col("share") * 2),
+        ("tasks", pl.col("distance") / 10),
+        ("tasks", pl.lit(None, pl.Int64).alias("granted")),
+        ("tasks", (pl.col("covered") - 1).alias("covered")),
+        ("tags", pl.lit(0, pl.Int64).alias("pool")),
+        ("tags", (pl.col("count") * 2).alias("count")),
+        ("instructions", (pl.col("rows") + 1).alias("rows")),
+        ("instructions", pl.lit(None, pl.Float64).alias("insinfo")),
+        ("samples", pl.lit(-1.0).alias("weight")),
+        ("samples", pl.lit(["x"]).alias("tags")),
+        ("samples", pl.lit("augmented").alias("origin")),
+    ],
+)
+def test_forged_tables_with_mended_hashes(shipped, tmp_path, table, change):
+    run = tmp_path / "run"
+    shutil.copytree(shipped[0] / "run", run)
+    file = run / f"{table}.parquet"
+    pl.read_parquet(file).with_columns(change).write_parquet(file)
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["outputs"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    fails(curate("check", run), table)
