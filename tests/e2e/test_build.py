@@ -662,7 +662,7 @@ def test_output_inside_a_source_is_refused(write_jsonl, tmp_path):
     ("table", "change"),
     [
         ("tasks", pl.col("share") * 2),
-        ("tasks", pl.col("distance") / 10),
+        ("tasks", pl.when(stage=1).then(pl.col("distance") / 10).otherwise("distance").alias("distance")),
         ("tasks", pl.lit(None, pl.Int64).alias("granted")),
         ("tasks", (pl.col("covered") - 1).alias("covered")),
         ("tags", pl.lit(0, pl.Int64).alias("pool")),
