@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,7 +22,7 @@ from curate.errors import InputError
 Format = Literal["superni", "alpaca", "chat", "preference", "ranked", "text"]
 Selector = Literal[
     "inscl", "random", "uniform", "none", "dynamic_only", "insinfo_only",
-    "prototype_data", "prototype_instruction", "diverse_instruction",
+    "prototype_data", "prototype_instruction", "diverse_instruction", "highest_loss", "perplexity_ratio",
 ]  # fmt: skip
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
@@ -110,6 +111,16 @@ class ReplayConfig(_Section):
     unit: Literal["instruction", "tag_cluster"] = Field(
         "instruction", description="what a task's quota is divided over by InsInfo"
     )
+    completions: Literal["gold", "policy"] = Field(
+        "gold",
+        description="policy: on-policy replay, the policy's own best rollout takes the place of the old answer",
+    )
+    min_reward: float | None = Field(
+        None, allow_inf_nan=False, description="completions: policy: a rollout counts only with at least this reward"
+    )
+    fallback: Literal["gold", "drop"] = Field(
+        "gold", description="completions: policy: a prompt without such a rollout keeps its old answer, or is left out"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +132,70 @@ class ReplayConfig(_Section):
             if not given:
                 return {**data, "per_task": 200}
         return data
+
+
+class ModelConfig(_Section):
+    """A causal language model that runs here, or one behind an OpenAI-compatible server."""
+
+    backend: Literal["transformers", "api"] = Field(
+        "transformers", description="api: an OpenAI-compatible server (extra `api`): vLLM, SGLang, `transformers serve`"
+    )
+    model: str = Field(description="folder or hub name (safetensors only); api: the name that the server knows")
+    device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 elsewhere"
+    )
+    batch_size: int = Field(32, gt=0, le=65536, description="sequences a forward pass; halved when memory runs out")
+    base_url: str | None = Field(None, description="api only: http://localhost:8000/v1")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="api only: NAME of the environment variable that holds the key; the key itself never stands here",
+    )  # fmt: skip
+    concurrency: int = Field(8, gt=0, le=1024, description="api only: requests under way at once")
+    timeout: float = Field(60, gt=0, le=86400, description="api only: seconds until a request is given up and retried")
+    retries: int = Field(5, ge=0, le=20, description="api only: further tries of a request, with growing pauses")
+    price_in: float | None = Field(None, ge=0, description="api only: price of a million prompt tokens, for the cost")
+    price_out: float | None = Field(None, ge=0, description="api only: price of a million completion tokens")
+
+    @model_validator(mode="after")
+    def _server_has_address(self) -> ModelConfig:
+        if (self.backend == "api") != (self.base_url is not None):
+            raise ValueError("`base_url` is given with `backend: api`, and only then")
+        if self.base_url is not None:
+            parts = urlsplit(self.base_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("`base_url` must begin with http:// or https:// and name a host")
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise ValueError(
+                    "`base_url` must hold no user, password or query; put the key into an environment variable and its "
+                    "name into `api_key_env`"
+                )
+        return self
+
+
+class RewardConfig(_Section):
+    """What says how good a completion is."""
+
+    kind: Literal["rouge_l", "exact", "contains", "similarity", "model", "python"] = Field(
+        "rouge_l",
+        description="rouge_l, exact, contains: against the references (the best one counts); similarity: cosine of "
+        "sentence embeddings to the nearest reference; model: a sequence-classification head; python: your function",
+    )
+    model: str | None = Field(None, description="model only: folder or hub name; one output (num_labels 1)")
+    function: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$",
+        description="python only: package.module:function(prompts, completions, references) -> list of numbers",
+    )
+    batch_size: int = Field(32, gt=0, description="model only: sequences a forward pass")
+    device: str | None = Field(None, description="model only: cpu, cuda, …")
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> RewardConfig:
+        for key, kind in (("model", "model"), ("function", "python")):
+            if (self.kind == kind) != (getattr(self, key) is not None):
+                raise ValueError(f"`{key}` is given with `kind: {kind}`, and only then")
+        return self
 
 
 class EmbedConfig(_Section):
@@ -157,8 +232,12 @@ class DistanceConfig(_Section):
 class TagsConfig(_Section):
     """Intent tags of instructions, and how tags that mean the same become one."""
 
-    tagger: Literal["keyphrase", "column"] = Field("keyphrase", description="column: tags that the data already has")
-    max_tags: int = Field(12, gt=0, description="keyphrase: tags an instruction at most")
+    tagger: Literal["keyphrase", "llm", "column"] = Field(
+        "keyphrase", description="llm: a model is asked for intent tags; column: tags that the data already has"
+    )
+    model: ModelConfig | None = Field(None, description="llm only: the model that is asked; by default the policy")
+    max_new_tokens: int = Field(512, gt=0, description="llm only: longest answer in tokens")
+    max_tags: int = Field(12, gt=0, description="keyphrase and llm: tags an instruction at most")
     cluster: bool = Field(True, description="merge tags by DBSCAN over phrase embeddings")
     eps: float = Field(0.1, gt=0, lt=2, description="DBSCAN radius in cosine distance (InsCL: 0.1)")
     min_samples: int = Field(5, gt=0, description="DBSCAN: neighbours of a core point, itself included (InsCL: 5)")
@@ -174,6 +253,79 @@ class ScoreConfig(_Section):
     )
 
 
+class RolloutsConfig(_Section):
+    """Completions that the policy writes itself."""
+
+    k: int = Field(4, gt=0, le=1024, description="completions a prompt")
+    per_task: int | None = Field(None, gt=0, description="prompts a task at most, drawn at random; by default all")
+    origins: tuple[Literal["current", "replay"], ...] = Field(
+        ("current", "replay"), min_length=1, description="whose prompts are answered"
+    )
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False, description="0 = greedy, for k: 1 only")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 = the whole distribution")
+    max_new_tokens: int = Field(128, gt=0, description="longest completion in tokens")
+    reward: RewardConfig = Field(RewardConfig.model_validate({}), description="how good a completion is")
+    block: int = Field(64, gt=0, description="prompts that are kept together: what a killed build can lose")
+
+    @model_validator(mode="after")
+    def _greedy_is_one(self) -> RolloutsConfig:
+        if self.temperature == 0 and self.k > 1:
+            raise ValueError(f"temperature 0 writes the same completion {self.k} times; set k to 1, or a temperature")
+        return self
+
+
+class BucketsConfig(_Section):
+    """CPPO's five classes of rollouts."""
+
+    k: float = Field(0.5, ge=0, allow_inf_nan=False, description="threshold in standard deviations")
+    logp: Literal["mean", "sum"] = Field("mean", description="log-probability of a completion over its tokens")
+    population: Literal["task", "all", "batch"] = Field(
+        "task", description="what a rollout is standardised over: its task, the whole set, or its block of prompts"
+    )
+
+
+class CandidatesConfig(_Section):
+    """Ranked sets for COPR, align / conflict for PBL: both from the rollouts and from what the data brings."""
+
+    rank: bool = Field(True, description="rank a prompt's rollouts by reward, ties kept")
+    score: bool = Field(
+        True, description="measure the policy's log-probability of the ranked answers that the data brings"
+    )
+    similarity: bool = Field(False, description="cosine of each rollout's sentence embedding to the target's")
+    threshold: float = Field(0.7, ge=-1, le=1, description="similarity ≥ this is `align`, below it `conflict`")
+
+
+class AugmentConfig(_Section):
+    """Self-distilled augmentation: the policy rewrites a prompt, answers its rewrite, and both must resemble the old."""
+
+    templates: dict[str, str] = Field(
+        default_factory=dict,
+        description="name -> what the policy is asked, with {text} in it; by default background, expansion, paraphrase",
+    )
+    origins: tuple[Literal["current", "replay"], ...] = Field(
+        ("replay",), min_length=1, description="whose rows are rewritten"
+    )
+    per_task: int | None = Field(None, gt=0, description="rows a task at most, drawn at random; by default all")
+    theta: float = Field(
+        0.1, ge=0, le=1, description="a rewrite stays where MI(x, x̂) · MI(y, ŷ) > θ; both are 1 for identity"
+    )
+    temperature: float = Field(0.7, ge=0, le=100, allow_inf_nan=False, description="of rewrite and answer; 0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    max_new_tokens: int = Field(256, gt=0, description="longest rewrite, and longest answer, in tokens")
+    corpus: int = Field(20_000, gt=0, description="texts that the word statistics are taken from, at most")
+    block: int = Field(64, gt=0, description="rows that are kept together: what a killed build can lose")
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place(cls, templates: dict[str, str]) -> dict[str, str]:
+        for name, text in templates.items():
+            if not _NAME.match(name):
+                raise ValueError(f"template name {name!r}: use letters, digits, space and . _ + -")
+            if "{text}" not in text:
+                raise ValueError(f"template {name!r} has no {{text}}, the place of the prompt that is rewritten")
+        return templates
+
+
 class BuildConfig(_Section):
     """A whole build. `BuildConfig.load(path, overrides)` reads it; `curate.build.build(config)` runs it."""
 
@@ -187,6 +339,21 @@ class BuildConfig(_Section):
     distance: DistanceConfig = Field(DistanceConfig.model_validate({}), description="distances between tasks")
     tags: TagsConfig = Field(TagsConfig.model_validate({}), description="intent tags")
     score: ScoreConfig = Field(ScoreConfig.model_validate({}), description="InsInfo")
+    policy: ModelConfig | None = Field(
+        None, description="the model that is being trained: it writes rollouts and rewrites, and measures losses"
+    )
+    reference: ModelConfig | None = Field(
+        None, description="the policy before it forgot, for `replay.selector: perplexity_ratio`"
+    )
+    too_long: Literal["error", "skip"] = Field(
+        "error",
+        description="a prompt that leaves the policy no room for an answer: stop with its row, or leave it out of "
+        "rollouts, augmentation and measured losses, with a note",
+    )
+    rollouts: RolloutsConfig | None = Field(None, description="completions of the policy; null = none")
+    buckets: BucketsConfig = Field(BucketsConfig.model_validate({}), description="five classes of rollouts")
+    candidates: CandidatesConfig = Field(CandidatesConfig.model_validate({}), description="ranked sets and sides")
+    augment: AugmentConfig | None = Field(None, description="self-distilled augmentation; null = none")
     out: str = Field("runs/replay", description="folder of the manifest, relative to the working directory")
     cache: str | None = Field(None, description="folder of stage results; by default .curate-cache beside `out`")
     base: str = Field(".", exclude=True, description="folder that task paths are relative to; set by load()")
