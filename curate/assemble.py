@@ -10,32 +10,37 @@ from typing import Any
 import polars as pl
 
 import curate
+from curate.augment import why_dropped
 from curate.ingest import TaskRows
+from curate.losses import deciding
+from curate.manifest import Bucket
 from curate.manifest.card import card
 from curate.manifest.schema import (
-    COMPLETIONS,
     DROPS,
     INSTRUCTIONS,
     MESSAGE,
     SAMPLES,
     TAGS,
     TASKS,
+    TOOL_MESSAGE,
     Table,
-    completion_uid,
 )
+from curate.policy import PolicyWork
 
 PACKAGES = ("numpy", "polars", "POT", "scikit-learn", "scipy", "sentence-transformers", "spacy", "spacy-lookups-data",
             "torch", "transformers")  # fmt: skip
 
 
 def assemble(
-    tasks: list[TaskRows], made: Mapping[str, Any], facts: Mapping[str, Any]
+    tasks: list[TaskRows], made: Mapping[str, Any], work: PolicyWork, facts: Mapping[str, Any]
 ) -> tuple[dict[str, pl.DataFrame], dict[str, Any], str]:
     """(tables, provenance, data card) of a build.
 
     Args:
         tasks: the stream, the current task last.
-        made: `sample`: folder of the draw; `tags`: folder of the scores and `distances`: list, where there are any.
+        made: `sample`: folder of the draw; `tags`: folder of the scores, `distances`: list, and `losses`: table, where
+            there are any.
+        work: what the policy stages made of the rows.
         facts: what the provenance records of the build.
     """
     drawn = {
@@ -44,46 +49,107 @@ def assemble(
     }
     scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
     instructions = _instructions(tasks, drawn["instructions"], scored)
-    picked = [_picked(task, drawn["rows"], last=task is tasks[-1]) for task in tasks]
     frames = {
-        "samples": _samples(tasks, picked, instructions),
-        "completions": _completions(tasks, picked),
+        "samples": _samples(work.rows, instructions, made.get("losses")),
+        "completions": work.completions,
         "tasks": _tasks(tasks, drawn["tasks"], instructions, made.get("distances")),
         "instructions": instructions,
         "tags": pl.read_parquet(made["tags"] / "tags.parquet", glob=False).sort("tag")
         if "tags" in made
         else TAGS.empty(),
-        "drops": _drops(tasks, picked, instructions),
+        "augmentations": work.augmentations,
+        "drops": _drops(tasks, drawn["rows"], instructions, scored, made.get("losses"), work),
     }
+    frames = with_augmentations(frames, facts.get("augment", {}).get("theta", 0.0))
+    frames["tasks"] = counted(frames)
     provenance = {**facts, "rehearse": curate.__version__, "packages": _packages(), "python": platform.python_version()}
     return frames, provenance, card(frames, provenance)
 
 
-def _fit(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
+def fit(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
     """The table's columns in their order; columns that a build does not fill are null."""
     absent = {name: pl.lit(None, dtype=dtype) for name, dtype in table.schema.items() if name not in frame.columns}
     wanted: Any = {name: dtype for name, dtype in table.schema.items() if dtype != pl.List(MESSAGE)}
     return frame.with_columns(**absent).select(list(table.schema)).cast(wanted)
 
 
-def _picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.DataFrame:
+def picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.DataFrame:
     """The rows of a task that go into samples, sorted by uid: all of the current task, the drawn ones of another."""
     rows = task.scan()
     if not last:
         rows = rows.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="semi")
-    origin = "current" if last else "replay"
     return (
         rows.collect()
         .sort("uid")
-        .with_columns(task=pl.lit(task.task.name), stage=pl.lit(task.task.stage, dtype=pl.Int32), origin=pl.lit(origin))
+        .with_columns(
+            task=pl.lit(task.task.name),
+            stage=pl.lit(task.task.stage, dtype=pl.Int32),
+            origin=pl.lit("current" if last else "replay"),
+            ranked_by=pl.lit(task.task.config.ranked_by),
+        )
     )
 
 
-def _samples(tasks: list[TaskRows], picked: list[pl.DataFrame], instructions: pl.DataFrame) -> pl.DataFrame:
-    rows = pl.concat(picked).drop("tags", "candidates")
+def _samples(rows: pl.DataFrame, instructions: pl.DataFrame, losses: pl.DataFrame | None) -> pl.DataFrame:
     score = instructions.select(pl.col("uid").alias("instruction_uid"), "tags", "insinfo")
-    rows = rows.join(score, on="instruction_uid", how="left", maintain_order="left")
-    return _fit(_plain_messages(rows).with_columns(weight=pl.lit(1.0)), SAMPLES)
+    rows = rows.drop("tags", "candidates").join(score, on="instruction_uid", how="left", maintain_order="left")
+    if losses is not None:
+        named = losses.rename({"uid": "source_uid"})
+        rows = rows.join(named, on="source_uid", how="left", maintain_order="left")
+    rows = rows.sort("stage", "uid")
+    return fit(_plain_messages(rows).with_columns(weight=pl.lit(1.0)), SAMPLES)
+
+
+def with_augmentations(frames: dict[str, pl.DataFrame], theta: float) -> dict[str, pl.DataFrame]:
+    """`frames` with samples and drops as `augmentations.kept` says; the ones that were there before are replaced."""
+    every, samples = frames["augmentations"], frames["samples"].filter(pl.col("origin") != "augmented")
+    parents = samples.select(pl.col("uid").alias("parent_uid"), "instruction", "license", "tags", "insinfo")
+    joined = every.join(parents, on="parent_uid", how="left", maintain_order="left")
+    answer = pl.col("completion").list.first().struct.field("content")
+    new = joined.filter("kept").with_columns(
+        origin=pl.lit("augmented"), references=pl.concat_list(answer), augmentation="template", weight=pl.lit(1.0),
+        written_by=pl.lit("policy"),
+    )  # fmt: skip
+    new = _like(fit(new, SAMPLES), samples)
+    reasons = [why_dropped(fault, theta) for fault in joined.filter(~pl.col("kept"))["fault"]]
+    instruction = frames["instructions"].select("task", "instruction", pl.col("uid").alias("instruction_uid"))
+    out = joined.filter(~pl.col("kept")).with_columns(
+        step=pl.lit("augment"), reason=pl.Series(reasons, dtype=pl.String)
+    )
+    out = out.join(instruction, on=["task", "instruction"], how="left", maintain_order="left")
+    # rewrites of one row may be the same text; augmentations.parquet tells them apart by template, a uid cannot
+    first = (pl.int_range(pl.len()).over("uid") == 0) & pl.col("uid").is_in(new["uid"].to_list()).not_()
+    drops = frames["drops"].filter(pl.col("step") != "augment")
+    return {
+        **frames,
+        "samples": pl.concat([samples, new]).sort("stage", "origin", "uid", descending=[False, True, False]),
+        "drops": pl.concat([drops, fit(out.filter(first), DROPS)]).sort("stage", "row", "uid"),
+    }
+
+
+def _like(new: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
+    """Messages in the layout of `samples`, which may carry the fields of tool calls."""
+    if samples.schema["prompt"] == new.schema["prompt"]:
+        return new
+    empty = [pl.lit(None, dtype=pl.String).alias(f.name) for f in TOOL_MESSAGE.fields[2:]]
+    keep = pl.struct(pl.element().struct.field("role"), pl.element().struct.field("content"), *empty)
+    return new.with_columns(pl.col("prompt", "completion").list.eval(keep))
+
+
+def counted(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Tasks with what was augmented, rolled out and sorted into buckets; null where nothing of the kind was done."""
+    tasks = frames["tasks"]
+    if frames["augmentations"].height:
+        kept = frames["augmentations"].group_by("task").agg(augmented=pl.col("kept").sum().cast(pl.Int64))
+        tasks = tasks.drop("augmented").join(kept, on="task", how="left", maintain_order="left")
+    rolled = frames["completions"].filter(origin="policy")
+    if rolled.height:
+        counts = rolled.group_by("task").agg(
+            pl.len().cast(pl.Int64).alias("rollouts"),
+            *((pl.col("bucket") == b).sum().cast(pl.Int64).alias(str(b)) for b in Bucket),
+        )
+        tasks = tasks.drop("rollouts", *map(str, Bucket)).join(counts, on="task", how="left", maintain_order="left")
+    return fit(tasks, TASKS)
 
 
 def _plain_messages(rows: pl.DataFrame) -> pl.DataFrame:
@@ -96,25 +162,6 @@ def _plain_messages(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(pl.col("prompt", "completion").list.eval(keep))
 
 
-def _completions(tasks: list[TaskRows], picked: list[pl.DataFrame]) -> pl.DataFrame:
-    """The ranked answers that preference and ranked rows bring, best first."""
-    found = []
-    for rows in picked:
-        ranked = rows.filter(pl.col("candidates").list.len() > 0).select("uid", "task", "stage", "candidates")
-        for prompt, task, stage, candidates in ranked.iter_rows():
-            seen: dict[str, int] = {}
-            for c in sorted(candidates, key=lambda c: (c["rank"], c["text"])):
-                index = seen.get(c["text"], 0)
-                seen[c["text"]] = index + 1
-                uid = completion_uid(prompt, "annotated", c["text"], index)
-                score = c["score"]
-                found.append((uid, prompt, task, stage, "annotated", c["text"], score,
-                              None if score is None else "source score", c["rank"]))  # fmt: skip
-    names = ["uid", "prompt_uid", "task", "stage", "origin", "text", "reward", "reward_id", "rank"]
-    schema = {name: COMPLETIONS.schema[name] for name in names}
-    return _fit(pl.DataFrame(found, schema=schema, orient="row"), COMPLETIONS)
-
-
 def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFrame | None) -> pl.DataFrame:
     each = [
         t.instructions.drop("tags").with_columns(task=pl.lit(t.task.name), stage=pl.lit(t.task.stage, dtype=pl.Int32))
@@ -122,8 +169,8 @@ def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFra
     ]
     frame = pl.concat(each).join(drawn, on="uid", how="left", maintain_order="left")
     if scored is not None:
-        frame = frame.join(scored.drop("rarest"), on="uid", how="left", maintain_order="left")
-    return _fit(frame, INSTRUCTIONS)
+        frame = frame.join(scored.drop("rarest", "fault"), on="uid", how="left", maintain_order="left")
+    return fit(frame, INSTRUCTIONS)
 
 
 def _tasks(tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFrame, distances: Any) -> pl.DataFrame:
@@ -148,7 +195,7 @@ def _tasks(tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFra
             if distances is not None:
                 row |= {"distance": distances[place].value, "distance_bound": distances[place].bound}
         found.append({name: row.get(name) for name in TASKS.schema})
-    return _fit(pl.DataFrame(found, schema=TASKS.schema), TASKS)
+    return fit(pl.DataFrame(found, schema=TASKS.schema), TASKS)
 
 
 def _reason(quota: int, granted: int, rows: int) -> str | None:
@@ -161,22 +208,39 @@ def _reason(quota: int, granted: int, rows: int) -> str | None:
     return f"{quota - granted} fewer: all shares were rounded anew with the excess of smaller tasks"
 
 
-def _drops(tasks: list[TaskRows], picked: list[pl.DataFrame], instructions: pl.DataFrame) -> pl.DataFrame:
-    """Rows that could not be used, and rows that the draw left out with their instruction's InsInfo."""
+def _drops(
+    tasks: list[TaskRows],
+    drawn: pl.DataFrame,
+    instructions: pl.DataFrame,
+    scored: pl.DataFrame | None,
+    losses: pl.DataFrame | None,
+    work: PolicyWork,
+) -> pl.DataFrame:
+    """Rows that could not be read, tagged or drawn, and those that on-policy replay left out."""
     score = instructions.lazy().select(pl.col("uid").alias("instruction_uid"), pl.col("insinfo").alias("score"))
-    every = []
-    for task, rows in zip(tasks, picked, strict=True):
-        stage = pl.lit(task.task.stage, dtype=pl.Int32)
+    every = [work.drops]
+    for task in tasks:
+        stage, name = pl.lit(task.task.stage, dtype=pl.Int32), pl.lit(task.task.name)
         every.append(task.drops.with_columns(stage=stage))
-        if task is not tasks[-1]:
-            left = task.scan().select("uid", "row", "instruction_uid")
-            left = left.join(rows.lazy().select("uid"), on="uid", how="anti").join(
-                score, on="instruction_uid", how="left"
+        if task is tasks[-1]:
+            continue
+        left = task.scan().select("uid", "row", "instruction_uid")
+        left = left.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="anti")
+        left = left.join(score, on="instruction_uid", how="left").with_columns(task=name, stage=stage)
+        out = left.collect().with_columns(step=pl.lit("sample"), reason=pl.lit("not drawn"))
+        if losses is not None:
+            ratio = losses["reference_loss"].null_count() < losses.height
+            value = [deciding(a, b, ratio) for a, b in losses.select("loss", "reference_loss").iter_rows()]
+            decided = losses.select("uid").with_columns(score=pl.Series(value, dtype=pl.Float64).fill_nan(None))
+            out = out.drop("score").join(decided, on="uid", how="left")
+        if scored is not None:
+            fault = scored.filter(pl.col("fault").is_not_null()).select(instruction_uid="uid", fault="fault")
+            out = out.join(fault, on="instruction_uid", how="left").with_columns(
+                step=pl.when(pl.col("fault").is_null()).then("step").otherwise(pl.lit("tags")),
+                reason=pl.coalesce(pl.lit("its instruction has no tags: ") + pl.col("fault"), "reason"),
             )
-            named = left.with_columns(task=pl.lit(task.task.name), stage=stage, step=pl.lit("sample"),
-                                      reason=pl.lit("not drawn"))  # fmt: skip
-            every.append(_fit(named.collect(), DROPS))
-    return pl.concat([_fit(each, DROPS) for each in every]).sort("stage", "row", "uid")
+        every.append(fit(out, DROPS))
+    return pl.concat([fit(each, DROPS) for each in every]).sort("stage", "row", "uid")
 
 
 def _packages() -> dict[str, str]:

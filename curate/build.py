@@ -1,16 +1,17 @@
 """`build`: the graph of stages from source files to a manifest.
 
     read (a task) ── embed (blocks of texts) ── distance (a previous task) ─┐
-        └────────── tags ── clusters ── InsInfo ────────────────────────────┴─ sample ── manifest
+        ├────────── tags ── clusters ── InsInfo ────────────────────────────┼─ sample ── policy stages ── manifest
+        └────────── losses (where the selector goes by them) ───────────────┘
 
-A stage's result lies in the store under a key of its inputs' keys, its own configuration and its code version, so a
-rebuild redoes what changed and a killed build goes on where it stopped. A stage runs only where the selector needs it.
+The policy stages (rollouts, rewards, candidates, buckets, augmentation) are in `policy.py`. A stage's result lies in
+the store under a key of its inputs' keys, its own configuration and its code version, so a rebuild redoes what changed
+and a killed build goes on where it stopped. A stage runs only where the selector or the configuration asks for it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -19,27 +20,32 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from filelock import FileLock, Timeout
 
-from curate.assemble import assemble
-from curate.config import BuildConfig
+from curate.assemble import assemble, picked
+from curate.cached import Cached
+from curate.config import BuildConfig, ModelConfig
 from curate.distance import Distance, Side, side, task_distance
+from curate.draw import Pools
 from curate.embed import Embeddings
 from curate.errors import InputError
+from curate.folder import locked
 from curate.ingest import VERSION as READ_VERSION
 from curate.ingest import Task, TaskRows, ingest, row_texts
+from curate.losses import losses, pairs
 from curate.manifest import Manifest, ManifestError, read, write
-from curate.manifest.io import CARD, PROVENANCE, STAGING, read_provenance
-from curate.manifest.schema import SCHEMA_VERSION, TABLES
-from curate.models import Embedder, open_embedder
+from curate.manifest.io import read_provenance
+from curate.manifest.schema import SCHEMA_VERSION
+from curate.models import Embedder, open_embedder, open_generator, open_reward
+from curate.policy import PolicyStages, PolicyWork, usage
 from curate.readers import SourceId, identify, time_blocks
-from curate.sample import SELECTORS, Context, Draw, Pool, allocate, generator, shares
+from curate.sample import SELECTORS
 from curate.screen import Advance, Screen, Silent
 from curate.store import Store, key_of
 from curate.vocabulary import VERSION as TAGS_VERSION
 from curate.vocabulary import phrases_of, score, tag
 
-DISTANCE_VERSION = SAMPLE_VERSION = MANIFEST_VERSION = 1
+DISTANCE_VERSION = 1
+SAMPLE_VERSION = MANIFEST_VERSION = 2
 
 
 def build(config: BuildConfig | Mapping[str, Any] | str | Path, screen: Screen | None = None) -> Manifest:
@@ -73,14 +79,24 @@ class Build:
     def run(self) -> Manifest:
         """All stages; the manifest is published at the very end."""
         sources = self.sources()
-        if self.needs_vectors:
-            _ = self.embedder.fingerprint  # a model that cannot be used is found out before the first row is read
-        with self._locked():
+        self.check_models()
+        places = {task.name: self.base / task.path for task in self.config.tasks}
+        with locked(self.out, self.store.root, places):
             self.store.sweep()
             tasks = self.read(sources)
             asked = self.budget(tasks)
             key, made = self.select(tasks, asked)
-            return self.publish(tasks, sources, asked, key, made)
+            work = self.ask_policy(tasks, made)
+            return self.publish(tasks, sources, asked, key, made, work)
+
+    def check_models(self) -> None:
+        """A model that cannot be used is found out before the first row is read."""
+        if self.needs_vectors:
+            _ = self.embedder.fingerprint
+        for model in (self.policy, self.reference if "reference_loss" in self.selector.needs else None, self.tagger):
+            _ = model and model.fingerprint
+        if self.config.rollouts:
+            _ = open_reward(self.config.rollouts.reward, self.base, self.embedder).fingerprint
 
     # --- sources and rows ---
 
@@ -159,13 +175,39 @@ class Build:
     @property
     def needs_vectors(self) -> bool:
         """True where the selector needs the embedder."""
-        needs = self.selector.needs
-        return bool(needs & {"distance", "vectors", "row_vectors"}) or ("insinfo" in needs and self.config.tags.cluster)
+        needs, rollouts = self.selector.needs, self.config.rollouts
+        return (
+            bool(needs & {"distance", "vectors", "row_vectors"})
+            or ("insinfo" in needs and self.config.tags.cluster)
+            or (rollouts is not None and (self.config.candidates.similarity or rollouts.reward.kind == "similarity"))
+        )
 
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder of the configuration."""
         return open_embedder(self.config.embed, self.base)
+
+    @cached_property
+    def policy(self) -> Cached | None:
+        """The model that is being trained."""
+        return self._model(self.config.policy, "policy.model")
+
+    @cached_property
+    def reference(self) -> Cached | None:
+        """The policy before it forgot."""
+        return self._model(self.config.reference, "reference.model")
+
+    @cached_property
+    def tagger(self) -> Cached | None:
+        """The model that gives tags."""
+        if self.config.tags.tagger != "llm" or "insinfo" not in self.selector.needs:
+            return None
+        return self._model(self.config.tags.model, "tags.model") or self.policy
+
+    def _model(self, config: ModelConfig | None, where: str) -> Cached | None:
+        if config is None:
+            return None
+        return Cached(open_generator(config, self.base, where, self.store.root / "requests"), self.store)
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -224,7 +266,8 @@ class Build:
         cfg, raw_key, left_out = self.config.tags, self.raw_tags_key(tasks), self._left_out(tasks)
         frame = pl.concat([t.instructions.with_columns(task=pl.lit(t.task.name)) for t in tasks])
         with self._stage_unless_cached("tags", [raw_key], "instructions", frame.height) as advance:
-            raw = self.store.get("tags", raw_key, lambda folder: tag(frame, cfg, folder, advance))
+            raw = self.store.get("tags", raw_key, lambda folder: tag(frame, cfg, folder, advance, self.tagger,
+                                                                     self.config.seed))  # fmt: skip
         phrases = phrases_of(raw)
         merge = cfg.cluster and bool(phrases)
         vectors_key = self.embed([phrases], "tags")[0] if merge else None
@@ -237,11 +280,12 @@ class Build:
     def raw_tags_key(self, tasks: list[TaskRows]) -> str:
         """Key of the raw tags: the instructions of all tasks, in any order, and the tagger."""
         cfg = self.config.tags
-        return key_of("tags", TAGS_VERSION, cfg.tagger, cfg.max_tags, sorted(t.key for t in tasks))
+        asked = [self.tagger.fingerprint, cfg.max_new_tokens, self.config.seed] if self.tagger else []
+        return key_of("tags", TAGS_VERSION, cfg.tagger, cfg.max_tags, asked, sorted(t.key for t in tasks))
 
     def score_key(self, raw_key: str, vectors_key: str | None, tasks: list[TaskRows]) -> str:
         """Key of canonical tags and InsInfo."""
-        cfg = self.config.tags.model_dump()
+        cfg = self.config.tags.model_dump(exclude={"model", "max_new_tokens"})
         return key_of("score", TAGS_VERSION, raw_key, vectors_key, cfg, self._left_out(tasks))
 
     def _left_out(self, tasks: list[TaskRows]) -> str | None:
@@ -264,9 +308,13 @@ class Build:
             keys += distance_keys
         if "row_vectors" in needs:
             keys += self.embed([row_texts(t) for t in tasks[:-1]], "rows")
+        if "loss" in needs:
+            keys.append(self.losses_key())
+            made["losses"] = self.losses(tasks[:-1])
         key = self.sample_key(tasks, keys, asked)
+        pools = Pools(self.config, lambda: self.embeddings, made)
         with self._stage_unless_cached("sample", [key], "rows") as advance:
-            made["sample"] = self.store.get("sample", key, partial(self._write_draw, tasks, asked, made))
+            made["sample"] = self.store.get("sample", key, partial(pools.draw, tasks, asked))
             advance(pl.read_parquet(made["sample"] / "rows.parquet", glob=False).height)
         return key, made
 
@@ -276,61 +324,68 @@ class Build:
 
     def sample_key(self, tasks: list[TaskRows], keys: list[str], asked: int) -> str:
         """Key of the draw: the rows, every measurement, the selector and the seed."""
-        rows, cfg = [t.key for t in tasks], self.config.replay.model_dump()
+        answers = {"completions", "min_reward", "fallback"}  # decided after the draw
+        rows, cfg = [t.key for t in tasks], self.config.replay.model_dump(exclude=answers)
         return key_of("sample", SAMPLE_VERSION, rows, keys, cfg, self.config.seed, asked)
 
-    def _write_draw(self, tasks: list[TaskRows], asked: int, made: dict[str, Any], folder: Path) -> None:
-        *previous, current = tasks
-        scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
-        pools = [self._pool(t, scored) for t in previous]
-        distances = np.array([d.value for d in made["distances"]]) if "distances" in made else None
-        weights = self.selector.shares([p for p, _ in pools], distances) if pools else np.zeros(0)
-        capacity = [p.rows for p, _ in pools]
-        context = Context(self._vectors(current) if previous else None, self.config.seed)
-        share = shares(weights, asked)
-        quota, granted = allocate(weights, asked), allocate(weights, asked, capacity)
-        rows, instructions = [], []
-        for place, (task, (pool, index)) in enumerate(zip(previous, pools, strict=True)):
-            rng = generator(self.config.seed, task.task.stage, task.task.name)
-            draw = self.selector.draw(pool, int(granted[place]), rng, context)
-            rows.append(index.select("uid")[draw.rows].with_columns(task=pl.lit(task.task.name)))
-            instructions.append(_per_instruction(task, draw))
-        pl.concat(rows or [pl.DataFrame(schema={"uid": pl.String, "task": pl.String})]).write_parquet(
-            folder / "rows.parquet"
-        )
-        empty = pl.DataFrame(schema={"uid": pl.String, "quota": pl.Int64, "granted": pl.Int64})
-        pl.concat(instructions or [empty]).write_parquet(folder / "instructions.parquet")
-        pl.DataFrame(
-            {"task": [t.task.name for t in previous], "share": share, "quota": quota},
-            schema={"task": pl.String, "share": pl.Float64, "quota": pl.Int64},
-        ).write_parquet(folder / "tasks.parquet")
+    def losses_key(self) -> str:
+        """Names the models that rows are scored by; their rows are in the key of the draw already."""
+        models = [self.policy, self.reference if "reference_loss" in self.selector.needs else None]
+        return key_of("loss", 1, [m and m.fingerprint for m in models], self.config.too_long)
 
-    def _pool(self, task: TaskRows, scored: pl.DataFrame | None) -> tuple[Pool, pl.DataFrame]:
-        """A task as the draw sees it, and its rows; both sorted by uid."""
-        instructions = task.instructions.with_row_index("index")
-        index = task.scan().select("uid", "instruction_uid").collect().sort("uid")
-        index = index.join(instructions.select("index", pl.col("uid").alias("instruction_uid")), on="instruction_uid",
-                           how="left", maintain_order="left")  # fmt: skip
-        scores = clusters = None
-        if scored is not None:
-            mine = instructions.join(scored, on="uid", how="left", maintain_order="left")
-            scores = mine["insinfo"].to_numpy()
-            if self.config.replay.unit == "tag_cluster":
-                clusters = mine["rarest"].fill_null("").rank("dense").to_numpy().astype(np.int64) - 1
-        row_vectors = self.embeddings.of(row_texts(task)) if "row_vectors" in self.selector.needs else None
-        pool = Pool(task.task.name, index["index"].to_numpy().astype(np.int64), self._vectors(task), row_vectors,
-                    scores, clusters)  # fmt: skip
-        return pool, index
+    def losses(self, previous: list[TaskRows]) -> pl.DataFrame:
+        """Stage losses: uid, loss, reference_loss of every row of the previous tasks."""
+        assert self.policy is not None
+        every = [pair for task in previous for pair in pairs(task)]
+        named = {"loss": self.policy}
+        if "reference_loss" in self.selector.needs:
+            assert self.reference is not None
+            named["reference_loss"] = self.reference
+        found = pl.DataFrame({"uid": [prompt.uid for prompt, _ in every]}, schema={"uid": pl.String})
+        for name, model in named.items():
+            left = model.to_score(every)
+            with self.screen.stage(name, left, "rows") if left else self._known(name, len(every)) as advance:
+                found = found.with_columns(losses(every, model, advance)["loss"].alias(name))
+        if unmeasured := found[list(named)].null_count().sum_horizontal().item():
+            if self.config.too_long == "error":
+                uid = found.filter(pl.any_horizontal(pl.col(list(named)).is_null()))["uid"][0]
+                task = next(t for t in previous if uid in set(t.scan().select("uid").collect()["uid"]))
+                row = task.scan().filter(uid=uid).select("row").collect().item()
+                raise InputError(
+                    f"task {task.task.name!r}: row {row}: prompt and answer do not fit the context of "
+                    f"{self.config.policy.model if self.config.policy else ''!r}, so its loss cannot be measured",
+                    remedy="shorten the row, or set too_long: skip (such rows are drawn last)",
+                )
+            self.screen.note(f"{unmeasured:,} losses could not be measured: those rows do not fit the context")
+        return found.with_columns(pl.lit(None, dtype=pl.Float64).alias(n) for n in {"reference_loss"} - named.keys())
 
-    def _vectors(self, task: TaskRows) -> Any:
-        if "vectors" not in self.selector.needs:
-            return None
-        return self.embeddings.of(task.instructions["instruction"].to_list())
+    @contextmanager
+    def _known(self, stage: str, n: int) -> Iterator[Advance]:
+        self.screen.cached(stage, f"{n:,} rows")
+        yield lambda n: None
+
+    def ask_policy(self, tasks: list[TaskRows], made: Mapping[str, Any]) -> PolicyWork:
+        """The stages between the draw and the manifest."""
+        drawn = pl.read_parquet(made["sample"] / "rows.parquet", glob=False)
+        rows = pl.concat([picked(task, drawn, last=task is tasks[-1]) for task in tasks])
+        rollouts = self.config.rollouts
+        stages = PolicyStages(
+            self.config, self.policy,
+            lambda: open_reward(rollouts.reward, self.base, self.embedder) if rollouts else None,  # type: ignore
+            lambda: self.embeddings, self.store, self.screen,
+        )  # fmt: skip
+        return stages.run(rows, tasks)
 
     # --- the manifest ---
 
     def publish(
-        self, tasks: list[TaskRows], sources: list[SourceId], asked: int, sample_key: str, made: dict[str, Any]
+        self,
+        tasks: list[TaskRows],
+        sources: list[SourceId],
+        asked: int,
+        sample_key: str,
+        made: dict[str, Any],
+        work: PolicyWork,
     ) -> Manifest:
         """Stage manifest: the tables, unless `out` holds exactly these already."""
         facts = {
@@ -339,19 +394,36 @@ class Build:
             "replay": {"asked": asked, "selector": self.config.replay.selector, "about": self.selector.about},
             "embedder": self.embedder.fingerprint if self.needs_vectors else None,
             "solver": sorted({d.method for d in made.get("distances", [])}),
+            "models": self.models(),
+            **work.facts,
         }
+        if self.tagger is not None:
+            spent = pl.read_parquet(self.store.path("tags", self.raw_tags_key(tasks)) / "usage.parquet", glob=False)
+            config = self.config.tags.model or self.config.policy
+            assert config is not None
+            n, n_in, n_out = spent.row(0)
+            facts["tagging"] = usage(n, n_in, n_out, config)
         key = key_of("manifest", MANIFEST_VERSION, SCHEMA_VERSION, sample_key, facts)
         if (manifest := self._published(key, facts)) is not None:
             self.screen.cached("manifest", str(self.out))
         else:
             with self.screen.stage("manifest", None, "rows") as advance:
-                frames, provenance, card = assemble(tasks, made, {"build_key": key, **facts})
+                frames, provenance, card = assemble(tasks, made, work, {"build_key": key, **facts})
                 write(self.out, frames, provenance, card)
                 advance(frames["samples"].height)
             manifest = read(self.out)
         if (granted := int(manifest.tasks["granted"].sum())) < asked:
             self.screen.note(f"{granted:,} of {asked:,} rows granted; `reason` in tasks.parquet says why for each task")
         return manifest
+
+    def models(self) -> dict[str, Any]:
+        """The language models that this build asks, each with the hash of its weights."""
+        asked = {"policy": self.policy, "reference": self.reference, "tagger": self.tagger}
+        return {
+            name: {"fingerprint": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
+            for name, model in asked.items()
+            if model is not None
+        }
 
     def _published(self, key: str, facts: Mapping[str, Any]) -> Manifest | None:
         try:
@@ -364,40 +436,6 @@ class Build:
             pass  # whatever lies there is replaced
         return None
 
-    def _refuse_own_input(self) -> None:
-        """A build that writes into one of its sources would read itself the next time."""
-        for task in self.config.tasks:
-            source = (self.base / task.path).resolve()
-            for name, folder in (("out", self.out), ("cache", self.store.root)):
-                if source.is_dir() and folder.resolve().is_relative_to(source):
-                    raise InputError(f"{name} {folder}: lies inside the source of task {task.name!r} ({task.path})",
-                                     remedy=f"choose another folder with {name}=FOLDER")  # fmt: skip
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The output folder and the store are writable, and the folder is this build's alone."""
-        self._refuse_own_input()
-        _refuse_foreign(self.out)
-        for folder, key in (
-            (self.out if self.out.exists() else self.out.absolute().parent, "out"),
-            (self.store.root, "cache"),
-        ):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".writable.{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise InputError(f"{key} {folder}: cannot be written: {error.strerror}",
-                                 remedy=f"choose another folder with {key}=FOLDER") from None  # fmt: skip
-        lock = FileLock(self.out.resolve().with_name(f".{self.out.resolve().name}.lock"))
-        try:
-            with lock.acquire(timeout=0):
-                yield
-        except Timeout:
-            raise InputError(f"out {self.out}: another build is running in this folder",
-                             remedy="wait for it, or choose another folder with out=FOLDER") from None  # fmt: skip
-
     @contextmanager
     def _stage_unless_cached(self, stage: str, keys: list[str], unit: str, total: int | None = None) -> Iterator[Any]:
         """A progress line, or one word where every result is there already."""
@@ -408,25 +446,6 @@ class Build:
         else:
             with self.screen.stage(stage, total, unit) as advance:
                 yield advance
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A folder that holds anything but a manifest is somebody else's: nothing there is touched."""
-    ours = {STAGING, CARD, *(t.file for t in TABLES.values())}
-    wrong = [n for n in (*ours, PROVENANCE) if (out / n).exists() and (out / n).is_dir() != (n == STAGING)]
-    if (out.is_symlink() and not out.exists()) or wrong:
-        raise InputError(f"out {out}: {wrong[0] if wrong else 'a link to nothing'} is in the way of the manifest",
-                         remedy="remove it, or choose another folder with out=FOLDER")  # fmt: skip
-    if out.is_dir() and not (out / PROVENANCE).is_file():
-        if foreign := sorted(
-            f.name for f in out.iterdir() if f.name not in ours and not f.name.startswith(".writable.")
-        ):
-            raise InputError(f"out {out}: the folder holds other files than a manifest ({foreign[0]!r})",
-                             remedy="choose a new folder with out=FOLDER")  # fmt: skip
-
-
-def _per_instruction(task: TaskRows, draw: Draw) -> pl.DataFrame:
-    return pl.DataFrame({"uid": task.instructions["uid"], "quota": draw.quota, "granted": draw.granted})
 
 
 def _inputs(stream: list[tuple[Task, int]], sources: list[SourceId], tasks: list[TaskRows]) -> list[dict[str, Any]]:

@@ -115,6 +115,32 @@ def check(
 
 
 @app.command()
+def refilter(
+    run: Annotated[Path, typer.Argument(help="folder of a manifest with augmentations")],
+    settings: Annotated[list[str], typer.Argument(metavar="theta=VALUE [out=FOLDER]", help="the new threshold")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decide about a manifest's rewrites again with another θ, from their stored scores; no model is asked.
+
+    Examples:
+        curate refilter runs/demo theta=0.2
+
+        curate refilter runs/demo theta=0.05 out=runs/loose
+    """
+    with _errors():
+        from curate.refilter import refilter as decide
+
+        given = _settings(settings, ("theta", "out"))
+        manifest = decide(run, _number(given.get("theta"), "theta"), given.get("out"))
+        kept, every = int(manifest.augmentations["kept"].sum()), manifest.augmentations.height
+        if as_json:
+            _print(None, {"manifest": str(manifest.folder), "kept": kept, "rewrites": every}, quiet, as_json)
+        elif not quiet:
+            Console().print(f"{escape(str(manifest.folder))}: {kept:,} of {every:,} rewrites kept", soft_wrap=True)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="folder of a manifest")],
     uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],
@@ -155,6 +181,21 @@ def _checked(overrides: list[str] | None) -> list[str]:
         if "=" not in override or override.startswith("="):
             raise typer.BadParameter(f"{override!r} is not of the form key=value, as in replay.budget=400")
     return overrides or []
+
+
+def _settings(given: list[str], known: tuple[str, ...]) -> dict[str, str]:
+    """key=value words as a mapping; an unknown key is wrong usage."""
+    found = dict(each.split("=", 1) for each in _checked(given))
+    if wrong := next((key for key in found if key not in known), None):
+        raise typer.BadParameter(f"unknown key {wrong!r}; known: {', '.join(known)}")
+    return found
+
+
+def _number(text: str | None, name: str) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise typer.BadParameter(f"{name}={text or ''} is not a number; write {name}=0.1") from None
 
 
 def _print(table: Any, summary: dict[str, Any], quiet: bool, as_json: bool) -> None:

@@ -68,6 +68,9 @@ class TaskConfig(_Section):
         None, description="cut the rows by `columns.time` into one task a block, named <name>-<block>"
     )
     license: str | None = Field(None, description="licence of the whole source, for rows that state none")
+    ranked_by: Literal["human", "annotated"] = Field(
+        "annotated", description="preference and ranked rows: who put the answers in order, people or something else"
+    )
     bad_rows: Literal["error", "drop"] = Field(
         "error", description="a row that cannot be read: stop with its number, or leave it out and list it in drops"
     )
@@ -296,7 +299,7 @@ class CandidatesConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """Self-distilled augmentation: the policy rewrites a prompt, answers its rewrite, and both must resemble the old."""
+    """Self-distilled augmentation: the policy rewrites a prompt and answers it; both must resemble the old ones."""
 
     templates: dict[str, str] = Field(
         default_factory=dict,
@@ -364,6 +367,32 @@ class BuildConfig(_Section):
         for number, task in enumerate(self.tasks, 1):
             if (first := seen.setdefault(task.name.casefold(), number)) != number:
                 raise ValueError(f"tasks {first} and {number} have the same name {task.name!r}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_named(self) -> BuildConfig:
+        replay, needs_policy = self.replay, []
+        if self.rollouts is not None:
+            needs_policy.append("`rollouts`")
+        if self.augment is not None:
+            needs_policy.append("`augment`")
+        if replay.selector in ("highest_loss", "perplexity_ratio"):
+            needs_policy.append(f"`replay.selector: {replay.selector}`")
+        if self.tags.tagger == "llm" and self.tags.model is None:
+            needs_policy.append("`tags.tagger: llm` without `tags.model`")
+        if needs_policy and self.policy is None:
+            raise ValueError(f"{needs_policy[0]} needs `policy: {{model: FOLDER}}`, the model that is being trained")
+        if replay.selector == "perplexity_ratio" and self.reference is None:
+            raise ValueError(
+                "`replay.selector: perplexity_ratio` needs `reference: {model: FOLDER}`, the policy before it forgot"
+            )
+        if self.rollouts is None:
+            for key, on in (("replay.completions: policy", replay.completions == "policy"),
+                            ("candidates.similarity: true", self.candidates.similarity)):  # fmt: skip
+                if on:
+                    raise ValueError(f"`{key}` needs `rollouts`, for example rollouts.k=4")
+        if replay.completions == "gold" and (replay.min_reward is not None or replay.fallback == "drop"):
+            raise ValueError("`replay.min_reward` and `replay.fallback` belong to `replay.completions: policy`")
         return self
 
     @property

@@ -106,6 +106,8 @@ class Pool:
     row_vectors: NDArray[np.float32] | None = None  # [rows, d]
     scores: Floats | None = None  # [instructions] InsInfo, nats
     clusters: Ints | None = None  # [instructions] the tag cluster of each, for `unit: tag_cluster`
+    row_scores: Floats | None = None  # [rows] loss or perplexity ratio; NaN = could not be measured
+    instructions: int | None = None  # how many there are; None = those that rows carry
 
     @property
     def rows(self) -> int:
@@ -115,7 +117,7 @@ class Pool:
     @property
     def counts(self) -> Ints:
         """[instructions] rows of each instruction."""
-        n = int(self.instruction_of.max(initial=-1)) + 1
+        n = int(self.instruction_of.max(initial=-1)) + 1 if self.instructions is None else self.instructions
         return np.bincount(self.instruction_of, minlength=n)
 
 
@@ -147,7 +149,7 @@ class Selector:
     about: str
     shares: TaskShares
     draw: Draws
-    needs: frozenset[str] = frozenset()  # of: distance, insinfo, vectors, row_vectors
+    needs: frozenset[str] = frozenset()  # of: distance, insinfo, vectors, row_vectors, loss, reference_loss
 
 
 # --- how tasks share the budget ---
@@ -164,6 +166,16 @@ def _by_size(pools: Sequence[Pool], distances: Floats | None) -> Floats:
 
 def _equal(pools: Sequence[Pool], distances: Floats | None) -> Floats:
     return np.ones(len(pools))
+
+
+def _by_mean_score(pools: Sequence[Pool], distances: Floats | None) -> Floats:
+    """Mean of the rows' scores; a task that nothing could be measured of counts as one that lost nothing."""
+    found = []
+    for pool in pools:
+        assert pool.row_scores is not None
+        measured = pool.row_scores[np.isfinite(pool.row_scores)]
+        found.append(float(measured.mean()) if len(measured) else 0.0)
+    return np.array(found, np.float64)
 
 
 # --- how a task's rows are drawn ---
@@ -272,6 +284,13 @@ def _best_k_means(x: NDArray[np.float32], seed: int) -> tuple[Ints, Floats]:
     return max(tried, key=silhouette)
 
 
+def draw_highest(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
+    """The n rows of the highest score; rows that could not be measured come last, ties by uid."""
+    assert pool.row_scores is not None
+    score = np.where(np.isfinite(pool.row_scores), np.round(pool.row_scores, 6), -np.inf)
+    return _result(pool, np.sort(np.argsort(-score, kind="stable")[:n]))
+
+
 def draw_nothing(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
     """No rows."""
     return _result(pool, np.zeros(0, np.int64))
@@ -302,6 +321,13 @@ SELECTORS: dict[str, Selector] = {
     "diverse_instruction": Selector(
         "equal share a task, rows of the instruction least like the current task's", _equal, draw_diverse_instruction,
         frozenset({"vectors"}),
+    ),
+    "highest_loss": Selector(
+        "equal share a task, rows with the highest loss under the policy", _equal, draw_highest, frozenset({"loss"})
+    ),
+    "perplexity_ratio": Selector(
+        "tasks by mean perplexity ratio of policy to reference, rows with the highest ratio (after RGD-R)",
+        _by_mean_score, draw_highest, frozenset({"loss", "reference_loss"}),
     ),
     "none": Selector("no replay", _equal, draw_nothing),
 }  # fmt: skip

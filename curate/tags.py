@@ -15,6 +15,7 @@ Departures from InsCL (NAACL 2024):
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ ROUNDING = 5e-7  # a float32 dot product of unit vectors is off by less; keeps t
 _SOFT = frozenset('-‐‑*`"“”„«»‘_~')  # may stand inside a phrase: "open-ended", "the **main** idea"
 _APOSTROPHES = frozenset("'’")
 _BREAK = "|"
+_NEGATIONS = frozenset("no not non nor never none neither without".split())
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 # --- words ---
@@ -120,6 +123,42 @@ def normalise(tag: str) -> str:
     """
     words = unicodedata.normalize("NFKC", tag).lower().translate(_letters(False)).split()
     return " ".join(_lemma(word) for word in words if any(map(str.isalpha, word)))
+
+
+@lru_cache(maxsize=1 << 18)
+def _telling(token: str) -> str | None:
+    """Lemma of a word that `content_lemmas` keeps, None of another."""
+    content = _content(token)
+    if content:
+        return content[1]
+    word = token.strip("'")
+    if word.endswith("n't") or word == "cannot":
+        return "not"
+    letter = len(word) == 1 and word.isalpha() and not {token, word} & _empty_words()
+    return word if letter or word in _NEGATIONS else None
+
+
+def content_lemmas(text: str) -> list[str]:
+    """Lemmas of the words that carry what a text says, in its order, then its numbers; repeats stay.
+
+    Words are taken as for tags: NFKC, lower case, without stop words, adverbs and blobs. Kept beside them, since an
+    answer may differ from another one in nothing else: numbers (with their sign, without thousands separators),
+    negations ("n't" and "cannot" are "not") and single letters but "a" and "i". Without numbers 3.8% of the different
+    short answers of a task have the same lemmas ("Option B", "Option D"; "plausible", "not plausible"), with numbers
+    2.3%, with all three under 0.05%; on paraphrases they do not move the AUC (benchmarks/mutual_information.py).
+
+    Returns:
+        [] where nothing of this is left: "", "It is the one.", "+".
+
+    Lemmas and stop words are English; other languages keep theirs, and a script without blanks yields whole clauses.
+
+    >>> content_lemmas("The 1,000 dogs aren't barking"), content_lemmas("Option B"), content_lemmas("-5°")
+    (['dog', 'not', 'bark', '1000'], ['option', 'b'], ['-5'])
+    """
+    plain = unicodedata.normalize("NFKC", text).lower()
+    words = [_telling(token) for token in plain.translate(_letters(True)).split()]
+    numbers = _NUMBER.findall(plain.replace("−", "-"))
+    return [word for word in words if word] + [number.replace(",", "") for number in numbers]
 
 
 # --- keyphrases ---

@@ -1,6 +1,6 @@
 """The manifest: the contract between `curate` and `train`. Light on purpose: numpy and polars are all it needs."""
 
-from curate.manifest.buckets import Bucket, Stats, classify
+from curate.manifest.buckets import Bucket, Rule, Stats, classify, sequence_logp
 from curate.manifest.check import check
 from curate.manifest.io import Manifest, read, write
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError
@@ -11,9 +11,11 @@ __all__ = [
     "Bucket",
     "Manifest",
     "ManifestError",
+    "Rule",
     "Stats",
     "check",
     "classify",
     "read",
+    "sequence_logp",
     "write",
 ]

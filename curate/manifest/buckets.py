@@ -6,11 +6,14 @@ over a stated population; a threshold k cuts the plane. Source: CPPO (ICLR 2024)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -85,6 +88,48 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
             ((z_p < -k) & (z_r < -k), Bucket.NOISY),
         ]
     return np.select([where for where, _ in rules], [str(b) for _, b in rules], default=str(Bucket.NORMAL))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a table of rollouts is sorted into buckets: threshold, log-probability, population. Kept in the provenance.
+
+    A population is a task ("task"), every rollout ("all"), or a rollout batch ("batch").
+    """
+
+    k: float
+    logp: Literal["mean", "sum"] = "mean"
+    population: Literal["task", "all", "batch"] = "task"
+
+    def assign(self, completions: pl.DataFrame) -> tuple[pl.Series, dict[str, Stats]]:
+        """(bucket of every row, moments of every population).
+
+        Args:
+            completions: rows of the manifest's table that were sampled: task, batch, token_logps, reward.
+        """
+        p = np.array([sequence_logp(row, self.logp) for row in completions["token_logps"].to_list()], np.float64)
+        r = completions["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+        names = ["all"] * len(p) if self.population == "all" else [str(n) for n in completions[self.population]]
+        bucket, stats = np.full(len(p), str(Bucket.NORMAL), object), dict[str, Stats]()
+        for name in sorted(set(names)):
+            mine = np.array([n == name for n in names])
+            stats[name] = Stats.of(p[mine], r[mine])
+            bucket[mine] = classify(p[mine], r[mine], stats[name], self.k)
+        return pl.Series("bucket", bucket.tolist(), dtype=pl.String), stats
+
+
+def sequence_logp(token_logps: Sequence[float] | None, reduce: Literal["mean", "sum"] = "mean") -> float:
+    """Sum of a completion's token log-probabilities, log π(y|x) in nats, or their mean; NaN where it has none.
+
+    Summed exactly, so that the last bit does not depend on the order of additions.
+
+    >>> sequence_logp([-1.0, -3.0]), sequence_logp([-1.0, -3.0], "sum")
+    (-2.0, -4.0)
+    """
+    if not token_logps:
+        return math.nan
+    total = math.fsum(token_logps)
+    return total / len(token_logps) if reduce == "mean" else total
 
 
 def _pair(logp: ArrayLike, reward: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

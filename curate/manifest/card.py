@@ -6,11 +6,13 @@ Its YAML front matter follows the Hugging Face conventions, so `datasets.load_da
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from curate.manifest.card_policy import policy_sections
+from curate.manifest.markdown import escape, real, table
 from curate.manifest.schema import TABLES
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -21,12 +23,13 @@ def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> s
     config = provenance["config"]
     parts = [
         _front_matter(frames, config["name"]),
-        f"# {_escape(config['name'])}",
+        f"# {escape(config['name'])}",
         _summary(frames, provenance),
         "## The stream",
         _stream(frames["tasks"]),
         "## How rows were chosen",
         _method(frames, provenance),
+        *policy_sections(frames, provenance),
         "## Licences",
         _licences(frames["samples"]),
         "## What was left out",
@@ -49,10 +52,10 @@ def _front_matter(frames: Mapping[str, pl.DataFrame], name: str) -> str:
         "- continual-learning",
     ]
     lines += [f"size_categories:\n- {_size(frames['samples'].height)}", "configs:"]
-    for table in TABLES.values():
-        if frames[table.name].height:
-            lines += [f"- config_name: {table.name}", f"  data_files: {table.file}"]
-            lines += ["  default: true"] if table.name == "samples" else []
+    for each in TABLES.values():
+        if frames[each.name].height:
+            lines += [f"- config_name: {each.name}", f"  data_files: {each.file}"]
+            lines += ["  default: true"] if each.name == "samples" else []
     return "\n".join([*lines, "---"])
 
 
@@ -64,7 +67,7 @@ def _summary(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) 
     samples, tasks = frames["samples"], frames["tasks"].sort("stage")
     origins = {name: (samples["origin"] == name).sum() for name in ("current", "replay", "augmented")}
     return (
-        f"Training data for the task **{_escape(tasks['task'][-1])}**, number {tasks.height} of a stream: "
+        f"Training data for the task **{escape(tasks['task'][-1])}**, number {tasks.height} of a stream: "
         f"{origins['current']:,} rows of it, and {origins['replay']:,} rows of the tasks before it, replayed so that "
         f"they are not forgotten"
         + (f", with {origins['augmented']:,} augmented rows" if origins["augmented"] else "")
@@ -76,15 +79,15 @@ def _stream(tasks: pl.DataFrame) -> str:
     header = ["stage", "task", "rows", "instructions", "distance", "± bound", "share", "quota", "granted", "covered",
               "mean InsInfo", "why granted differs"]  # fmt: skip
     rows = [
-        [t["stage"], _escape(t["task"]), t["rows"], t["instructions"], _real(t["distance"]), _real(t["distance_bound"]),
-         _real(t["share"], 2), t["quota"], t["granted"], t["covered"], _real(t["insinfo"], 3), t["reason"]]
+        [t["stage"], escape(t["task"]), t["rows"], t["instructions"], real(t["distance"]), real(t["distance_bound"]),
+         real(t["share"], 2), t["quota"], t["granted"], t["covered"], real(t["insinfo"], 3), t["reason"]]
         for t in tasks.sort("stage").iter_rows(named=True)
     ]  # fmt: skip
     note = (
         "Distance: Wasserstein-1 between the instruction embeddings of the task and of the current one, cosine cost "
         "(0 = the same, 2 = opposite); the bound is the largest possible error, 0 = exact. InsInfo in nats."
     )
-    return _markdown_table(header, rows) + "\n\n" + note
+    return table(header, rows) + "\n\n" + note
 
 
 def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
@@ -97,7 +100,7 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
     ]
     if provenance["embedder"]:
         name = config["embed"]["path"] or config["embed"]["model"]
-        lines.append(f"- Embedder: `{_escape(name)}` (`{provenance['embedder']}`).")
+        lines.append(f"- Embedder: `{escape(name)}` (`{provenance['embedder']}`).")
     if provenance["solver"]:
         lines.append(f"- Transport solver: {', '.join(provenance['solver'])}; optimality proven.")
     if tags.height:
@@ -112,46 +115,31 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
 
 def _licences(samples: pl.DataFrame) -> str:
     counts = samples.group_by("license").len().sort(["len", "license"], descending=[True, False], nulls_last=True)
-    rows = [["not stated" if name is None else _escape(name), n] for name, n in counts.iter_rows()]
-    return _markdown_table(["licence as the source states it", "rows"], rows)
+    rows = [["not stated" if name is None else escape(name), n] for name, n in counts.iter_rows()]
+    return table(["licence as the source states it", "rows"], rows)
 
 
 def _left_out(drops: pl.DataFrame) -> str:
     if not drops.height:
         return "Nothing: every source row is in `samples.parquet`."
     counts = drops.group_by("step", "reason").len().sort("step", "reason")
-    rows = [[step, _escape(reason), n] for step, reason, n in counts.iter_rows()]
-    return _markdown_table(["step", "reason", "rows"], rows) + "\n\nEach row is in `drops.parquet`."
+    rows = [[step, escape(reason), n] for step, reason, n in counts.iter_rows()]
+    return table(["step", "reason", "rows"], rows) + "\n\nEach row is in `drops.parquet`."
 
 
 def _files() -> str:
     rows = [[f"`{t.file}`", f"one {t.row} a row", ", ".join(f"`{c}`" for c in t.columns)] for t in TABLES.values()]
-    return _markdown_table(["file", "holds", "columns"], rows)
+    return table(["file", "holds", "columns"], rows)
 
 
 def _again(provenance: Mapping[str, Any]) -> str:
     inputs = [
-        [_escape(i["task"]), _escape(name), f"`{digest[:16]}…`"]
+        [escape(i["task"]), escape(name), f"`{digest[:16]}…`"]
         for i in provenance["inputs"]
         for name, digest in sorted(i["files"].items())
     ]
     return (
         "`provenance.json` holds the whole configuration, the hash of every input and output, and the versions of all "
         "packages. The same inputs, configuration and seed give these bytes again.\n\n"
-        + _markdown_table(["task", "source", "sha256"], inputs)
+        + table(["task", "source", "sha256"], inputs)
     )
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([("–" if c is None else str(c)) for c in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _real(value: float | None, digits: int = 4) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"
-
-
-def _escape(text: str) -> str:
-    """Text of the data, harmless in Markdown and in the HTML that it becomes."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))  # no control or bidi characters
-    return "".join(f"&#{ord(c)};" if c in "&<>|`[]()!*_\\~#" else c for c in text)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import polars as pl
 
-from curate.manifest.io import Manifest, hash_faults, read_provenance, validate
+from curate.manifest.check_policy import POLICY_RULES
+from curate.manifest.io import Manifest, hash_faults, of_this_version, read_provenance, tables_of, validate
 from curate.manifest.schema import TABLES, ManifestError, completion_uid, instruction_uid, sample_uid
 
 Rule = Callable[[Manifest], Iterator[str]]
 MAX_SHOWN = 5  # of one kind; the rest is counted
+LEFT_OUT = ("sample", "tags", "rollout")  # steps of drops that leave out a row that could be read
 
 
 def check(folder: str | os.PathLike[str]) -> list[str]:
@@ -30,8 +32,11 @@ def check(folder: str | os.PathLike[str]) -> list[str]:
     faults = hash_faults(folder, provenance)
     frames: dict[str, pl.DataFrame] = {}
     for table in TABLES.values():
+        if table.file not in provenance["outputs"] and table not in tables_of(provenance):
+            frames[table.name] = table.empty()
+            continue
         try:
-            frames[table.name] = pl.read_parquet(folder / table.file, glob=False)
+            frames[table.name] = of_this_version(pl.read_parquet(folder / table.file, glob=False), table, provenance)
             faults += validate(table, frames[table.name])
         except FileNotFoundError:
             faults.append(f"{table.file}: missing")
@@ -139,15 +144,20 @@ def _quotas(m: Manifest) -> Iterator[str]:
 
 def _counts(m: Manifest) -> Iterator[str]:
     """Rows, instructions, grants and means of a task or instruction are what the other tables hold."""
-    drawn = m.samples.filter(pl.col("origin") == "replay").group_by("task", "instruction").len("drawn")
+    gone = m.drops.filter(step="rollout").join(
+        m.instructions.select("instruction", pl.col("uid").alias("instruction_uid")), on="instruction_uid"
+    )  # drawn, then left out because the policy had no good answer
+    drawn = pl.concat([m.samples.filter(origin="replay").select("task", "instruction"),
+                       gone.select("task", "instruction")])  # fmt: skip
+    drawn = drawn.group_by("task", "instruction").len("drawn")
     each = m.instructions.join(drawn, on=["task", "instruction"], how="left").with_columns(pl.col("drawn").fill_null(0))
     for uid, granted, found in each.select("uid", "granted", "drawn").iter_rows():
         if (granted or 0) != found:
-            yield f"instructions.parquet: uid {uid}: granted {granted}, samples.parquet holds {found} of its rows"
+            yield f"instructions.parquet: uid {uid}: granted {granted}, the tables hold {found} of its rows"
     kept = m.samples.filter(pl.col("origin") != "augmented").join(
         m.instructions.select("task", "instruction", pl.col("uid").alias("instruction_uid")), on=["task", "instruction"]
     )
-    left = m.drops.filter(pl.col("step") == "sample")
+    left = m.drops.filter(pl.col("step").is_in(LEFT_OUT))
     have = pl.concat([kept.select("instruction_uid"), left.select("instruction_uid")]).group_by("instruction_uid").len()
     rows = m.instructions.join(have, left_on="uid", right_on="instruction_uid", how="left")
     for uid, said, found in (
@@ -195,16 +205,16 @@ def _inputs(m: Manifest) -> Iterator[str]:
 def _nothing_lost(m: Manifest) -> Iterator[str]:
     """Each usable row of a task is in samples or was left out by the draw; no uid is in both."""
     kept = dict(m.samples.filter(pl.col("origin") != "augmented").group_by("task").len().iter_rows())
-    left = dict(m.drops.filter(pl.col("step") == "sample").group_by("task").len().iter_rows())
+    left = dict(m.drops.filter(pl.col("step").is_in(LEFT_OUT)).group_by("task").len().iter_rows())
     for task, rows in m.tasks.select("task", "rows").iter_rows():
         if kept.get(task, 0) + left.get(task, 0) != rows:
             yield (
                 f"tasks.parquet: task {task!r} has {rows} rows, but {kept.get(task, 0)} are in samples.parquet and "
                 f"{left.get(task, 0)} in drops.parquet"
             )
-    both = m.drops.filter(pl.col("step") == "sample").join(m.samples.select("uid"), on="uid", how="semi")
+    both = m.drops.filter(pl.col("step") != "read").join(m.samples.select("uid"), on="uid", how="semi")
     for uid in sorted(both["uid"]):
-        yield f"drops.parquet: uid {uid} was left out by the draw, yet it is in samples.parquet"
+        yield f"drops.parquet: uid {uid} was left out by the build, yet it is in samples.parquet"
 
 
 def _lineage(m: Manifest) -> Iterator[str]:
@@ -236,6 +246,11 @@ def _scores(m: Manifest) -> Iterator[str]:
     config = m.provenance["config"]
     current = m.tasks.sort("stage")["task"][-1]
     pool = m.instructions if config["score"]["pool"] == "all" else m.instructions.filter(pl.col("task") != current)
+    if config["tags"]["tagger"] == "llm":  # an instruction that the model gave no tags for is not in the pool
+        pool = pool.filter(pl.col("tags").is_not_null())
+        untagged = m.instructions.filter(pl.col("tags").is_null() & (pl.col("task") != current))
+        for uid in m.samples.join(untagged, on=["task", "instruction"], how="semi").filter(origin="replay")["uid"]:
+            yield f"samples.parquet: uid {uid}: it is replayed, yet its instruction has no tags"
     found = dict(pool.select(pl.col("tags").list.explode()).drop_nulls().to_series().value_counts().iter_rows())
     for tag, canonical, count, n in m.tags.select("tag", "canonical", "count", "pool").iter_rows():
         if n != pool.height:
@@ -256,6 +271,8 @@ def _scores(m: Manifest) -> Iterator[str]:
             yield f"samples.parquet: uid {uid}: column {column!r} is not its instruction's"
 
 
-RULES: tuple[Rule, ...] = (_stream, _rows_belong, _uids, _quotas, _counts, _inputs, _nothing_lost, _lineage, _scores)
+RULES: tuple[Rule, ...] = (
+    _stream, _rows_belong, _uids, _quotas, _counts, _inputs, _nothing_lost, _lineage, _scores, *POLICY_RULES
+)  # fmt: skip
 
 __all__ = ["ManifestError", "check"]

@@ -35,6 +35,7 @@ class Manifest:
     tasks: pl.DataFrame
     instructions: pl.DataFrame
     tags: pl.DataFrame
+    augmentations: pl.DataFrame
     drops: pl.DataFrame
     provenance: dict[str, Any]
 
@@ -99,7 +100,7 @@ def read(folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
     provenance = read_provenance(folder)
     if verify and (faults := hash_faults(folder, provenance)):
         raise ManifestError("\n".join(faults))
-    frames = {table.name: _read_table(folder, table) for table in TABLES.values()}
+    frames = {table.name: _read_table(folder, table, provenance) for table in TABLES.values()}
     return Manifest(folder=folder, provenance=provenance, **frames)
 
 
@@ -130,7 +131,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
     """Files whose bytes are not those that the build wrote."""
     outputs = provenance.get("outputs")
-    if not isinstance(outputs, dict) or not {CARD, *(t.file for t in TABLES.values())} <= outputs.keys():
+    if not isinstance(outputs, dict) or not {CARD, *(t.file for t in tables_of(provenance))} <= outputs.keys():
         return [f"{folder / PROVENANCE}: it does not list the hash of every file; run `curate build` again"]
     faults = []
     for name, expected in sorted(outputs.items()):
@@ -146,10 +147,12 @@ def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _read_table(folder: Path, table: Table) -> pl.DataFrame:
+def _read_table(folder: Path, table: Table, provenance: Mapping[str, Any]) -> pl.DataFrame:
     path = folder / table.file
+    if table.file not in provenance["outputs"]:
+        return table.empty()  # a table that a later minor version has added
     try:
-        frame = pl.read_parquet(path, glob=False)
+        frame = of_this_version(pl.read_parquet(path, glob=False), table, provenance)
     except FileNotFoundError:
         raise ManifestError(f"{path}: missing; run `curate build` again") from None
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -157,6 +160,24 @@ def _read_table(folder: Path, table: Table) -> pl.DataFrame:
     if faults := validate(table, frame, str(path)):
         raise ManifestError("\n".join(faults))
     return frame
+
+
+def tables_of(provenance: Mapping[str, Any]) -> list[Table]:
+    """The tables that a manifest of this version must have; those of another minor version it may lack."""
+    same = str(provenance["schema_version"]) == SCHEMA_VERSION
+    return [t for t in TABLES.values() if same or t.since == "1.0"]
+
+
+def of_this_version(frame: pl.DataFrame, table: Table, provenance: Mapping[str, Any]) -> pl.DataFrame:
+    """A table of another minor version as this one sees it: columns that it lacks are null, unknown ones are left out.
+
+    Minor versions only add columns that may be null, so this loses nothing that the reader could have used.
+    """
+    if str(provenance["schema_version"]) == SCHEMA_VERSION:
+        return frame
+    absent = [name for name, column in table.columns.items() if name not in frame.columns and column.null]
+    filled = frame.with_columns(pl.lit(None, dtype=table.columns[name].dtype).alias(name) for name in absent)
+    return filled.select(name for name in table.columns if name in filled.columns)
 
 
 def write(folder: Path, frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any], card: str) -> None:

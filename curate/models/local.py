@@ -1,0 +1,250 @@
+"""A causal language model that runs here: generates and scores. Any architecture of transformers, safetensors only.
+
+torch and the weights are loaded at the first use, so that a rebuild that finds everything cached stays quick;
+`fingerprint` hashes files and is known before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.config import ModelConfig
+from curate.errors import InputError
+from curate.manifest.schema import content_hash
+from curate.models.base import Completion, Message, Prompt, Sampling
+from curate.models.chat import answer_ids, prompt_ids
+from curate.models.memory import halving
+from curate.models.weights import architectures, model_folder, quiet, weights_hash
+
+LOGITS = 1 << 26  # logits that are held at once: 256 MiB in float32
+
+
+class LocalModel:
+    """Generator and Scorer over one causal language model.
+
+    Args:
+        config: which model, where it runs, and how many sequences a forward pass holds.
+        base: what a relative folder is relative to.
+        where: the configuration key that errors name.
+
+    Raises:
+        InputError: no such model, not a causal language model, or weights that are not safetensors.
+    """
+
+    def __init__(self, config: ModelConfig, base: Path = Path(), where: str = "policy.model") -> None:
+        self.config, self.where = config, where
+        self.folder, self.name = model_folder(config.model, base, where)
+        kinds = architectures(self.folder)
+        if not any(kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds):
+            raise InputError(f"{where} {self.name!r}: not a causal language model ({', '.join(kinds) or 'no config'})")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, configuration, tokenizer and chat template."""
+        return weights_hash(self.folder)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of what the tokenizer does, not of how its files are laid out: saving it again changes nothing."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def how(self) -> str:
+        """What else decides the last bit of a number: device, dtype and what shares a forward pass."""
+        return f"{self.config.dtype} on {self.config.device or 'default device'}, {self.config.batch_size} at once"
+
+    # --- what can be asked ---
+
+    def room(self, prompts: Sequence[Prompt]) -> list[int | None]:
+        """Tokens that fit behind each prompt; negative where the prompt alone is longer than the context."""
+        context = self.context
+        return [None if context is None else context - len(prompt_ids(self.tokenizer, p)) for p in prompts]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """`sampling.k` completions of every prompt, in order. Prompts of like length share a batch.
+
+        Raises:
+            InputError: a prompt leaves less than `sampling.max_new_tokens` of the context, or memory is too small for
+                a single prompt.
+        """
+        ids = [prompt_ids(self.tokenizer, p) for p in prompts]
+        for prompt, row in zip(prompts, ids, strict=True):
+            if not row:
+                raise InputError(f"row {prompt.uid}: an empty prompt, and {self.name!r} has no token to begin a text")
+            if self.context is not None and len(row) + sampling.max_new_tokens > self.context:
+                raise InputError(
+                    f"row {prompt.uid}: a prompt of {len(row)} tokens and {sampling.max_new_tokens} new ones are more "
+                    f"than the {self.context} that {self.name!r} takes",
+                    remedy="shorten the prompt, lower max_new_tokens, or leave such rows out with too_long: skip",
+                )
+        found: dict[int, list[Completion]] = {}
+        for part in _parts(ids, max(1, self.config.batch_size // sampling.k)):
+            drawn = halving(part, lambda rows: self._decode([ids[i] for i in rows], [prompts[i] for i in rows],
+                                                            sampling), self.where)  # fmt: skip
+            found |= dict(zip(part, drawn, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def score(self, pairs: Sequence[tuple[Prompt, Sequence[Message]]]) -> list[Completion | None]:
+        """Log-probability of every token of each answer, temperature 1; None where prompt and answer do not fit.
+
+        log π(y|x) per token: log softmax of the logits that stand before it, in float32.
+        """
+        rows = [(prompt_ids(self.tokenizer, p), answer_ids(self.tokenizer, p, a)) for p, a in pairs]
+        rows = [(p, a) if p else (a[:1], a[1:]) for p, a in rows]  # nothing predicts a first token without a start
+        fits = [i for i, (p, a) in enumerate(rows) if a and (self.context is None or len(p) + len(a) <= self.context)]
+        found: dict[int, Completion] = {}
+        for part in _parts([[*rows[i][0], *rows[i][1]] for i in fits], self.config.batch_size):
+            some = [fits[i] for i in part]
+            logps = halving(some, lambda these: self._logps([rows[i] for i in these]), self.where)
+            for i, logp in zip(some, logps, strict=True):
+                text = "\n\n".join(str(m["content"] or "") for m in pairs[i][1])
+                found[i] = Completion(text, rows[i][1], logp, len(logp))
+        return [found.get(i) for i in range(len(pairs))]
+
+    # --- the model ---
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with a padding token."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # whatever a broken file raises, the tokenizer cannot be used
+            raise InputError(f"{self.where} {self.name!r}: no usable tokenizer: {str(error)[:500]}") from None
+        return tokenizer
+
+    @cached_property
+    def context(self) -> int | None:
+        """Longest sequence in tokens; None where the architecture has no limit."""
+        limit = self._settings.get("max_position_embeddings") or self._settings.get("n_positions")
+        return int(limit) if limit else None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        found = json.loads((self.folder / "config.json").read_bytes())
+        return {**found, **(found.get("text_config") or {})}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in eval mode on its device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        quiet()
+        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        half = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and device.startswith("cuda"))
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, local_files_only=True, use_safetensors=True,
+                dtype=torch.bfloat16 if half else torch.float32,
+            )  # fmt: skip
+            model = model.to(device)
+        except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
+            raise InputError(f"{self.where} {self.name!r} cannot be loaded: {str(error)[:500]}") from None
+        self._check_tokenizer(model)
+        return model.eval()
+
+    def _check_tokenizer(self, model: Any) -> None:
+        """A tokenizer of another model gives tokens that this one has no embedding for, or never ends."""
+        rows = model.get_input_embeddings().weight.shape[0]
+        highest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if highest >= rows:
+            raise InputError(
+                f"{self.where} {self.name!r}: the tokenizer has token {highest}, the model knows {rows} tokens: it is "
+                "not this model's tokenizer",
+                remedy="put the tokenizer files that the model was trained with into its folder",
+            )
+        named, own = self._ends(model.config, model.generation_config), self.tokenizer.eos_token_id
+        if named and own is not None and own not in named and not any(e <= highest for e in named):
+            raise InputError(
+                f"{self.where} {self.name!r}: the model ends a text with token {sorted(named)}, which its tokenizer "
+                f"does not have (it ends with {own}): it is not this model's tokenizer",
+                remedy="put the tokenizer files that the model was trained with into its folder",
+            )
+
+    @staticmethod
+    def _ends(*configs: Any) -> set[int]:
+        found: set[int] = set()
+        for config in configs:
+            value = getattr(config, "eos_token_id", None)
+            found |= set() if value is None else set(value) if isinstance(value, list | tuple) else {value}
+        return found
+
+    def _decode(self, ids: list[list[int]], prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        from curate.models.decode import decode
+
+        tokenizer, model = self.tokenizer, self.model
+        ends = self._ends(model.config, model.generation_config, tokenizer)
+        numbers = np.stack([_uniforms(p.uid, sampling) for p in prompts])
+        drawn = decode(model, ids, numbers, sampling, sorted(ends), _pad(tokenizer))
+        return [
+            [
+                Completion(tokenizer.decode(d.tokens, skip_special_tokens=True), d.tokens, d.logps, len(d.tokens),
+                           d.finished, len(row))
+                for d in some
+            ]
+            for row, some in zip(ids, drawn, strict=True)
+        ]  # fmt: skip
+
+    def _logps(self, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """Log-probabilities of the answers of rows (prompt, answer) of like length."""
+        import torch
+
+        from curate.models.decode import padded, step_inputs
+
+        ids, mask = padded([[*p, *a] for p, a in rows], _pad(self.tokenizer), self.model.device)
+        most = max(len(a) for _, a in rows)
+        with torch.inference_mode():
+            if len(rows) > 1 and len(rows) * most * self._settings.get("vocab_size", 1) > LOGITS:
+                half = len(rows) // 2
+                return self._logps(rows[:half]) + self._logps(rows[half:])
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=most + 1,
+                                **step_inputs(self.model, mask, ids.shape[1])).logits  # [b, most + 1, v]  # fmt: skip
+            found = []
+            for i, (_, answer) in enumerate(rows):
+                n = len(answer)
+                logp = torch.log_softmax(logits[i, -n - 1 : -1].float(), -1)  # [n, v]: left padding, so the end is last
+                target = torch.tensor(answer, device=logp.device)
+                found.append(logp.gather(-1, target[:, None]).squeeze(1).tolist())
+        return found
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does: its model, normaliser and added tokens, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        body = json.loads(backend.to_str())
+        body.pop("padding", None)  # both are state of the last call, not of the tokenizer
+        body.pop("truncation", None)
+    else:
+        body = dict(tokenizer.get_vocab())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return content_hash([body, special, tokenizer.chat_template])
+
+
+def _pad(tokenizer: Any) -> int:
+    """Any token will do: the mask hides it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def _uniforms(uid: str, sampling: Sampling) -> NDArray[np.float64]:
+    """[k, max_new_tokens] numbers of one prompt: of each completion the same whatever k or the length limit is."""
+    rows = [
+        np.random.default_rng([sampling.seed, j, *uid.encode()]).random(sampling.max_new_tokens)
+        for j in range(sampling.k)
+    ]
+    return np.stack(rows)
+
+
+def _parts(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of rows in batches of like length, the longest first: what does not fit into memory shows at once."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), tuple(rows[i]), i))
+    return [order[at : at + size] for at in range(0, len(order), size)]
