@@ -75,7 +75,7 @@ def build(
         from curate.build import Build
         from curate.config import BuildConfig
         from curate.plan import plan, plan_table
-        from curate.screen import Silent, Terminal, task_table
+        from curate.screen import Silent, Terminal, policy_table, task_table
 
         console = Console(stderr=True, quiet=quiet)
         job = Build(BuildConfig.load(config, _checked(overrides)), Silent() if quiet or as_json else Terminal(console))
@@ -89,8 +89,12 @@ def build(
             "tasks": manifest.tasks.to_dicts(),
             "samples": manifest.samples.height,
             "replay": (manifest.samples["origin"] == "replay").sum(),
+            "augmented": (manifest.samples["origin"] == "augmented").sum(),
+            "completions": manifest.completions.height,
         }
         _print(task_table(manifest), summary, quiet, as_json)
+        if not as_json and (table := policy_table(manifest)) is not None:
+            _print(table, {}, quiet, as_json)
         if not (quiet or as_json):
             Console().print(f"manifest: [bold]{escape(str(job.out))}[/]", soft_wrap=True)
 

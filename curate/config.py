@@ -310,7 +310,7 @@ class AugmentConfig(_Section):
     )
     per_task: int | None = Field(None, gt=0, description="rows a task at most, drawn at random; by default all")
     theta: float = Field(
-        0.1, ge=0, le=1, description="a rewrite stays where MI(x, x̂) · MI(y, ŷ) > θ; both are 1 for identity"
+        0.2, ge=0, le=1, description="a rewrite stays where MI(x, x̂) · MI(y, ŷ) > θ; both are 1 for identity"
     )
     temperature: float = Field(0.7, ge=0, le=100, allow_inf_nan=False, description="of rewrite and answer; 0 = greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")

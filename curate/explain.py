@@ -54,10 +54,15 @@ def _whole(manifest: Manifest, uid: str) -> str:
 
 def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
     task = m.tasks.filter(task=sample["task"]).row(0, named=True)
+    if sample["origin"] == "augmented":
+        yield f"{sample['uid']} is in the set, as augmented: a rewrite of {sample['parent_uid']}, {sample['task']!r}."
+        yield from _rewrite(m, sample["uid"])
+        return
     yield f"{sample['uid']} is in the set, as {sample['origin']}: row {sample['row']} of task {sample['task']!r}."
     yield _excerpt("instruction", sample["instruction"])
     if sample["origin"] == "current":
         yield f"Why: it belongs to the newest task, and all {task['rows']:,} of its rows are trained on."
+        yield from _policy(m, sample)
         return
     yield from _task(m, task)
     instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
@@ -66,14 +71,73 @@ def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
         f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
         f"(seed {m.provenance['config']['seed']}); this is one of them."
     )
+    yield from _losses(sample)
+    yield from _policy(m, sample)
+
+
+def _losses(sample: dict[str, Any]) -> Iterator[str]:
+    """The loss that the selector went by."""
+    if sample["loss"] is None:
+        return
+    ratio = ""
+    if sample["reference_loss"] is not None:
+        value = math.exp(min(sample["loss"] - sample["reference_loss"], 700.0))
+        ratio = f", {sample['reference_loss']:.4f} under the reference: a perplexity ratio of {value:.3f}"
+    yield f"Loss: {sample['loss']:.4f} nats a token under the policy{ratio}."
+
+
+def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
+    """What the policy made of the row: whose answer it carries, its rollouts and their buckets, its rewrites."""
+    if sample["written_by"] == "policy":
+        yield (
+            "Answer: the policy's own best rollout, in the place of the source's (on-policy replay), which is kept in "
+            f"completions.parquet: {_line(sample['references'][0])!r}."
+        )
+    rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
+    if rolled.height:
+        best = rolled.sort("reward", descending=True, nulls_last=True).row(0, named=True)
+        counts = rolled.group_by("bucket").len().sort("bucket")
+        buckets = ", ".join(f"{n} {name}" for name, n in counts.iter_rows() if name)
+        sides = ", ".join(f"{n} {name}" for name, n in rolled.group_by("side").len().sort("side").iter_rows() if name)
+        yield (
+            f"Rollouts: {rolled.height} by the policy ({buckets}{'; ' + sides if sides else ''}); the best has reward "
+            f"{_number(best['reward'])} ({_line(best['reward_id'] or 'none')}): {_line(best['text'])!r}."
+        )
+    mine = m.augmentations.filter(parent_uid=sample["uid"])
+    if mine.height:
+        yield f"Rewrites: {int(mine['kept'].sum())} of {mine.height} are kept."
+
+
+def _rewrite(m: Manifest, uid: str) -> Iterator[str]:
+    """How a rewrite was made and decided about."""
+    row = m.augmentations.filter(uid=uid).row(0, named=True)
+    yield _excerpt("rewrite", row["prompt"][-1]["content"])
+    yield _excerpt("answer", row["completion"][0]["content"])
+    if row["fault"] is not None:
+        yield f"Why: {row['fault']} (template {row['template']!r})."
+        return
+    theta = m.provenance["augment"]["theta"]
+    yield (
+        f"Why: template {row['template']!r}; MI(x, x̂) = {row['mi_input']:.4f}, MI(y, ŷ) = {row['mi_output']:.4f}, "
+        f"their product {row['score']:.4f} is {'above' if row['kept'] else 'not above'} θ = {theta:g}."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
     task = m.tasks.filter(task=drop["task"]).row(0, named=True)
+    if drop["step"] == "augment":
+        yield f"{drop['uid']} is not in the set: a rewrite by the policy, task {drop['task']!r}."
+        yield from _rewrite(m, drop["uid"])
+        return
     yield f"{drop['uid']} is not in the set: row {drop['row']} of task {drop['task']!r}."
     found = m.instructions.filter(uid=drop["instruction_uid"] or "")
     if drop["step"] != "sample":
-        yield f"Why: it could not be used ({drop['reason']})."
+        best = f"; the best reward was {drop['score']:.4g}" if drop["step"] == "rollout" and drop["score"] else ""
+        yield f"Why: it could not be used ({drop['reason']}{best})."
         return
     instruction = found.row(0, named=True)
     yield _excerpt("instruction", instruction["instruction"])
@@ -124,5 +188,10 @@ def _instruction(m: Manifest, instruction: dict[str, Any]) -> Iterator[str]:
 
 
 def _excerpt(name: str, text: str) -> str:
-    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))  # no escape codes of the data
-    return f"{name.capitalize()}: {line if len(line) <= 300 else line[:299] + '…'}"
+    return f"{name.capitalize()}: {_line(text, 300)}"
+
+
+def _line(text: str, most: int = 80) -> str:
+    """Text of the data as one printable line: no escape codes reach the terminal."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return line if len(line) <= most else line[: most - 1] + "…"

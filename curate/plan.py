@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from curate.augment import templates_of
+from curate.config import AugmentConfig, RolloutsConfig
 from curate.ingest import TaskRows, row_texts
 from curate.readers import Row
 from curate.readers import read as read_rows
@@ -40,27 +42,52 @@ class Step:
 def plan(build: Build) -> list[Step]:
     """The steps of a build, in its order. Where rows are not read yet, their first 1,000 a task are looked at."""
     sources = build.sources()
-    if build.needs_vectors:
-        _ = build.embedder.fingerprint
+    build.check_models()
     keyed = [(task, build.read_key(task, sources[index])) for task, index in build.stream]
     there = [TaskRows(t, build.store.path("read", k), k) for t, k in keyed if build.store.has("read", k)]
     n_bytes = sum(s.n_bytes for s in sources)
     if len(there) < len(keyed):
         rows, texts = _sampled(build, [sources[index].n_bytes for _, index in build.stream])
         read = Step("read", len(keyed), len(there), f"about {rows:,} rows", rows / ROWS_A_SECOND)
-        return [read, *_estimated(build, texts), *_last(build, rows, None, None)]
+        guess = round(rows * (1 - 1 / max(1, len(keyed)))), round(rows / max(1, len(keyed)))
+        return [read, *_estimated(build, texts, guess[0]), *_last(build, rows, None, None, guess[1])]
     asked = build.budget(there)  # a budget that cannot be met is found out here, too
     rows = sum(t.summary["rows"] for t in there)
     steps, keys = _measurements(build, there)
     done = build.store.has("sample", build.sample_key(there, keys, asked)) if keys is not None else False
     read = Step("read", len(keyed), len(keyed), f"{rows:,} rows, {n_bytes / 1e6:,.1f} MB", 0.0)
-    return [read, *steps, *_last(build, rows, asked, done)]
+    return [read, *steps, *_last(build, rows, asked, done, there[-1].summary["rows"])]
 
 
-def _last(build: Build, rows: int, asked: int | None, drawn: bool | None) -> list[Step]:
+def _last(build: Build, rows: int, asked: int | None, drawn: bool | None, current: int) -> list[Step]:
     size = f"{rows:,} rows" if asked is None else f"{asked:,} of {rows:,} rows"
     return [Step("sample", 1, int(bool(drawn)), size, 0.0 if drawn else rows / ROWS_A_SECOND / 10),
+            *_policy(build, asked, current),
             Step("manifest", 1, None, str(build.out), rows / ROWS_A_SECOND)]  # fmt: skip
+
+
+def _policy(build: Build, asked: int | None, current: int) -> list[Step]:
+    """What the policy will be asked. How long a model takes nobody knows beforehand, so no time is stated."""
+    config, steps = build.config, list[Step]()
+    replayed = (
+        asked if asked is not None else config.replay.budget or (config.replay.per_task or 0) * (len(build.stream) - 1)
+    )
+
+    def rows_of(section: RolloutsConfig | AugmentConfig) -> int:
+        found = {"current": current, "replay": replayed}
+        n = sum(found[origin] for origin in section.origins)
+        return n if section.per_task is None else min(n, section.per_task * len(build.stream))
+
+    if config.rollouts is not None:
+        n = rows_of(config.rollouts)
+        if config.replay.completions == "policy":
+            n = max(n, replayed)
+        steps.append(Step("rollouts", None, None, f"at most {n:,} prompts × {config.rollouts.k} completions", None))
+        steps.append(Step("rewards", None, None, f"{n * config.rollouts.k:,} by {config.rollouts.reward.kind}", None))
+    if config.augment is not None:
+        n = rows_of(config.augment) * len(templates_of(config.augment))
+        steps.append(Step("rewrite", None, None, f"at most {n:,} rewrites, as many answers", None))
+    return steps
 
 
 def _sampled(build: Build, n_bytes: list[int]) -> tuple[int, list[int]]:
@@ -77,9 +104,15 @@ def _sampled(build: Build, n_bytes: list[int]) -> tuple[int, list[int]]:
     return rows, texts
 
 
-def _estimated(build: Build, texts: list[int]) -> list[Step]:
+def _losses(build: Build, rows: int) -> list[Step]:
+    """The losses that the selector goes by."""
+    models = len(build.selector.needs & {"loss", "reference_loss"})
+    return [Step("losses", None, None, f"{rows:,} rows × {models} models", None)] if models else []
+
+
+def _estimated(build: Build, texts: list[int], previous: int) -> list[Step]:
     """Stages behind rows that are not read yet: nothing of them can be known to be cached."""
-    needs, n, steps = build.selector.needs, sum(texts), list[Step]()
+    needs, n, steps = build.selector.needs, sum(texts), _losses(build, previous)
     if "insinfo" in needs:
         steps.append(Step("tags", 1, 0, f"about {n:,} instructions", n / TAGGED_A_SECOND))
         steps += [Step("embed", None, None, "their tags", 4 * n / TEXTS_A_SECOND)] if build.config.tags.cluster else []
@@ -119,6 +152,9 @@ def _measurements(build: Build, tasks: list[TaskRows]) -> tuple[list[Step], list
         step, vectors = _embed(build, [row_texts(t) for t in tasks[:-1]], "rows")
         steps.append(step)
         keys += vectors
+    if "loss" in needs:
+        steps += _losses(build, sum(t.summary["rows"] for t in tasks[:-1]))
+        keys.append(build.losses_key())
     return steps, keys if known else None
 
 

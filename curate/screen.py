@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+import polars as pl
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from curate.manifest import Manifest
+from curate.manifest import Bucket, Manifest
 
 Advance = Callable[[int], None]
 
@@ -113,6 +114,24 @@ def task_table(manifest: Manifest) -> Table:
     total = manifest.tasks["granted"].sum()
     table.add_section()
     table.add_row("", "replay", "", "", "", f"{manifest.tasks['quota'].sum():,}", f"{total:,}", "", "")
+    return table
+
+
+def policy_table(manifest: Manifest) -> Table | None:
+    """What the policy did, one row a task; None where it did nothing."""
+    found = manifest.tasks.filter(pl.col("rollouts").is_not_null() | pl.col("augmented").is_not_null())
+    if not found.height:
+        return None
+    buckets = [str(b) for b in Bucket]
+    table = Table(title="what the policy wrote, and CPPO's five buckets", title_style="bold")
+    table.add_column("task")
+    for name in ("rollouts", *buckets, "rewrites kept"):
+        table.add_column(name.replace("_", " "), justify="right")
+    for t in found.sort("stage").iter_rows(named=True):
+        table.add_row(Text(t["task"]), *(_number(t[name]) for name in ("rollouts", *buckets, "augmented")))
+    table.add_section()
+    total = found.select(pl.col("rollouts", *buckets, "augmented").sum()).row(0, named=True)
+    table.add_row("in all", *(_number(n) for n in total.values()))
     return table
 
 
