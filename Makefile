@@ -19,11 +19,11 @@ $(BIN)/.dev: $(BIN)/.core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(BIN)/.core  ## build a replay set from sixteen real tasks, offline, on a CPU
-	$(BIN)/curate build examples/superni/config.yaml
-	$(BIN)/curate check runs/superni
-	@echo; echo "Why is a row in the set? (curate explain RUN UID)"; echo
-	@$(BIN)/curate explain runs/superni "$$($(BIN)/python -c 'import polars as p; print(p.read_parquet("runs/superni/samples.parquet").filter(origin="replay")["uid"][0])')"
+demo: $(BIN)/.core  ## every stage on eighteen real tasks with a small real model, offline, on a CPU
+	$(BIN)/curate build examples/demo/config.yaml
+	$(BIN)/curate check runs/demo
+	@echo; echo "Why is a row in the set, and what did the policy make of it? (curate explain RUN UID)"; echo
+	@$(BIN)/curate explain runs/demo "$$($(BIN)/python -c 'import polars as p; print(p.read_parquet("runs/demo/completions.parquet").filter(p.col("origin") == "policy", p.col("stage") == 4).sort("reward", descending=True)["prompt_uid"][0])')"
 
 test: $(BIN)/.dev lint  ## lint, type-check and run every test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -78,7 +78,7 @@ def decode(
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
                    **step_inputs(model, mask, ids.shape[1])).logits[:, -1]  # [b, v]  # fmt: skip
     if k > 1:
-        cache.batch_repeat_interleave(k)
+        cache.reorder_cache(torch.arange(b, device=model.device).repeat_interleave(k))
         logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
     numbers = torch.from_numpy(uniforms.reshape(b * k, -1)).to(model.device)
     stop = torch.tensor(sorted(ends), device=model.device)
@@ -95,7 +95,7 @@ def decode(
             break
         if alive <= COMPACT * len(rows):
             keep = open_.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             rows, mask, token, open_ = rows[keep], mask[keep], token[keep], open_[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True,

@@ -3,7 +3,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.sample import SELECTORS, Context, Pool, allocate, draw_insinfo, draw_uniform, generator, shares
+from curate.sample import (
+    SELECTORS,
+    Context,
+    Pool,
+    allocate,
+    draw_highest,
+    draw_insinfo,
+    draw_uniform,
+    generator,
+    shares,
+)
 
 scores = st.lists(st.floats(0, 1e6) | st.just(0.0), min_size=1, max_size=30)
 
@@ -105,7 +115,8 @@ def test_every_draw_keeps_its_promises(counts, n, seed):
     d = np.random.default_rng(seed).normal(size=(len(counts), 4)).astype(np.float32)
     d /= np.linalg.norm(d, axis=1, keepdims=True)
     rows = np.random.default_rng(seed).normal(size=(sum(counts), 4)).astype(np.float32)
-    p = pool(counts, vectors=d, row_vectors=rows, scores=np.arange(len(counts), dtype=float))
+    losses = np.where(rows[:, 0] > 1, np.nan, rows[:, 0])  # some could not be measured
+    p = pool(counts, vectors=d, row_vectors=rows, scores=np.arange(len(counts), dtype=float), row_scores=losses)
     for name, selector in SELECTORS.items():
         got = selector.draw(p, min(n, p.rows), rng(seed), Context(d[:1], seed))
         assert len(got.rows) == (0 if name == "none" else min(n, p.rows))
@@ -113,6 +124,20 @@ def test_every_draw_keeps_its_promises(counts, n, seed):
         assert np.bincount(p.instruction_of[got.rows], minlength=len(counts)).tolist() == got.granted.tolist()
         again = selector.draw(p, min(n, p.rows), rng(seed), Context(d[:1], seed))
         assert again.rows.tolist() == got.rows.tolist()
+
+
+def test_the_highest_losses_are_drawn_and_unmeasured_rows_last():
+    p = pool([3, 2], row_scores=np.array([1.0, np.nan, 3.0, 2.0, 3.0]))
+    assert draw_highest(p, 3, rng(), Context()).rows.tolist() == [2, 3, 4]  # 3, 3 and 2
+    assert draw_highest(p, 5, rng(), Context()).rows.tolist() == [0, 1, 2, 3, 4]
+    assert draw_highest(p, 2, rng(), Context()).granted.tolist() == [1, 1]
+
+
+def test_tasks_share_by_their_mean_perplexity_ratio():
+    # means of the measured rows: (1 + 3)/2 = 2 and 4; a task without any counts as 0
+    pools = [pool([3], row_scores=np.array([1.0, 3.0, np.nan])), pool([1], row_scores=np.array([4.0])),
+             pool([1], row_scores=np.array([np.nan]))]  # fmt: skip
+    assert SELECTORS["perplexity_ratio"].shares(pools, None).tolist() == [2.0, 4.0, 0.0]
 
 
 def test_a_larger_budget_keeps_the_smaller_ones_rows():
