@@ -6,18 +6,15 @@ Every key has its default and its meaning here and nowhere else. Paths in the fi
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from curate.errors import InputError
+from curate.settings import Section, checked, read_settings
 
 Format = Literal["superni", "alpaca", "chat", "preference", "ranked", "text"]
 Selector = Literal[
@@ -29,13 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
 MAX_NAME = 100
 
 
-class _Section(BaseModel):
-    """A part of the configuration: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Columns(_Section):
+class Columns(Section):
     """Which column of the source holds what. What is left out keeps the format's own name."""
 
     instruction: str | None = Field(None, description="the instruction (superni: definition; chat: first user turn)")
@@ -54,7 +45,7 @@ class Columns(_Section):
     split: str | None = Field(None, description="the row's split (default: split)")
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One task of the stream."""
 
     name: str = Field(description="unique in the stream; letters, digits, space and . _ + -")
@@ -100,7 +91,7 @@ class TaskConfig(_Section):
         return self
 
 
-class ReplayConfig(_Section):
+class ReplayConfig(Section):
     """How many rows of the older tasks come back, and which."""
 
     selector: Selector = Field("inscl", description="how rows are chosen; `curate selectors` explains each")
@@ -137,7 +128,7 @@ class ReplayConfig(_Section):
         return data
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """A causal language model that runs here, or one behind an OpenAI-compatible server."""
 
     backend: Literal["transformers", "api"] = Field(
@@ -176,7 +167,7 @@ class ModelConfig(_Section):
         return self
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """What says how good a completion is."""
 
     kind: Literal["rouge_l", "exact", "contains", "similarity", "model", "python"] = Field(
@@ -201,7 +192,7 @@ class RewardConfig(_Section):
         return self
 
 
-class EmbedConfig(_Section):
+class EmbedConfig(Section):
     """What turns texts into vectors."""
 
     backend: Literal["sentence-transformers", "lm", "precomputed"] = Field(
@@ -224,7 +215,7 @@ class EmbedConfig(_Section):
         return self
 
 
-class DistanceConfig(_Section):
+class DistanceConfig(Section):
     """Wasserstein distance between instruction sets."""
 
     weights: Literal["frequency", "uniform"] = Field("frequency", description="mass of an instruction in its task")
@@ -232,7 +223,7 @@ class DistanceConfig(_Section):
     centroids: int = Field(1024, gt=0, description="weighted centroids of a quantised side; the error bound is stored")
 
 
-class TagsConfig(_Section):
+class TagsConfig(Section):
     """Intent tags of instructions, and how tags that mean the same become one."""
 
     tagger: Literal["keyphrase", "llm", "column"] = Field(
@@ -247,7 +238,7 @@ class TagsConfig(_Section):
     min_frequency: int = Field(1, gt=0, description="leave out tags that fewer instructions of the pool carry")
 
 
-class ScoreConfig(_Section):
+class ScoreConfig(Section):
     """InsInfo."""
 
     pool: Literal["previous", "all"] = Field(
@@ -256,7 +247,7 @@ class ScoreConfig(_Section):
     )
 
 
-class RolloutsConfig(_Section):
+class RolloutsConfig(Section):
     """Completions that the policy writes itself."""
 
     k: int = Field(4, gt=0, le=1024, description="completions a prompt")
@@ -277,7 +268,7 @@ class RolloutsConfig(_Section):
         return self
 
 
-class BucketsConfig(_Section):
+class BucketsConfig(Section):
     """CPPO's five classes of rollouts."""
 
     k: float = Field(0.5, ge=0, allow_inf_nan=False, description="threshold in standard deviations")
@@ -287,7 +278,7 @@ class BucketsConfig(_Section):
     )
 
 
-class CandidatesConfig(_Section):
+class CandidatesConfig(Section):
     """Ranked sets for COPR, align / conflict for PBL: both from the rollouts and from what the data brings."""
 
     rank: bool = Field(True, description="rank a prompt's rollouts by reward, ties kept")
@@ -298,7 +289,7 @@ class CandidatesConfig(_Section):
     threshold: float = Field(0.7, ge=-1, le=1, description="similarity ≥ this is `align`, below it `conflict`")
 
 
-class AugmentConfig(_Section):
+class AugmentConfig(Section):
     """Self-distilled augmentation: the policy rewrites a prompt and answers it; both must resemble the old ones."""
 
     templates: dict[str, str] = Field(
@@ -329,7 +320,7 @@ class AugmentConfig(_Section):
         return templates
 
 
-class BuildConfig(_Section):
+class BuildConfig(Section):
     """A whole build. `BuildConfig.load(path, overrides)` reads it; `curate.build.build(config)` runs it."""
 
     name: str = Field("replay", description="name of the data set on its card")
@@ -407,107 +398,10 @@ class BuildConfig(_Section):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> BuildConfig:
         """Read a YAML file and apply `dotted.path=value` overrides (values are YAML; lists are indexed by number)."""
-        path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file", remedy="`curate init FOLDER` writes a starting config") from None
-        except IsADirectoryError:
-            raise InputError(
-                f"{path}: a folder, not a config file", remedy=f"`curate init {path}` writes one"
-            ) from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid YAML: {str(error)[:500]}") from None
-        except OSError as error:
-            raise InputError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: the config must be a mapping of keys, not {type(data).__name__}")
-        for override in overrides:
-            _apply(data, override)
-        return cls.parse({**data, "base": str(path.parent)}, where=str(path))
+        return read_settings(cls, path, overrides, start="`curate init FOLDER` writes a starting config",
+                             exclusive=(("replay.budget", "replay.per_task", "replay.ratio"),))  # fmt: skip
 
     @classmethod
     def parse(cls, data: dict[str, Any], where: str = "config") -> BuildConfig:
         """Validate a mapping; every fault is listed with its dotted path."""
-        try:
-            if "\0" in json.dumps(data, ensure_ascii=False, default=str).encode().decode().replace("\\u0000", "\0"):
-                raise InputError(f"{where}: a value holds the character NUL")
-            return cls.model_validate(data)
-        except ValidationError as error:
-            lines = [_explain(e, cls) for e in error.errors()]
-            more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
-            raise InputError(f"{where}: " + "; ".join([*lines[:10], *more])) from None
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise InputError(f"{where}: a value is not valid text: {error}") from None
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one dotted path of a nested mapping in place."""
-    dotted, _, text = override.partition("=")
-    if not text.strip():
-        raise InputError(f"{override}: there is no value behind the =", remedy="write null for the default")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{override[:200]}: the value is not valid YAML: {str(error)[:500]}") from None
-    *parents, last = dotted.split(".")
-    node: Any = data
-    for key in parents:
-        node = _child(node, key, override)
-    if isinstance(node, list):
-        _child(node, last, override)
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        if dotted in ("replay.budget", "replay.per_task", "replay.ratio"):  # one size replaces another
-            for other in ("budget", "per_task", "ratio"):
-                node.pop(other, None)
-        node[last] = value
-    else:
-        raise InputError(f"{override}: {'.'.join(parents)} is a single value and has no key {last!r}")
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        if not (key.isascii() and key.isdecimal()) or int(key) >= len(node):
-            raise InputError(f"{override}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
-        return node[int(key)]
-    if isinstance(node, dict):
-        if node.get(key) is None:
-            node[key] = {}
-        return node[key]
-    raise InputError(f"{override}: a single value has no key {key!r}")
-
-
-def _explain(error: Any, model: type[BaseModel]) -> str:
-    """One validation error as a sentence, with the nearest known key for an unknown one."""
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(model, error["loc"][:-1])
-        return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f" (given: {repr(given)[:100]})" if isinstance(given, str | int | float | bool) else ""
-    return f"{place}: {message}{shown}" if place else message
-
-
-def _nearest(location: Sequence[str | int], known: list[str], model: type[BaseModel]) -> str:
-    """The nearest key in the same section, else one of that name in another section."""
-    key = str(location[-1])
-    prefix = "".join(f"{part}." for part in location[:-1])
-    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
-        return f"; did you mean {prefix + near[0]!r}?"
-    for section in model.model_fields if not prefix else ():
-        if key in (inside := _keys_at(model, [section])) and inside != known:
-            return f"; did you mean {section + '.' + key!r}?"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"; the nearest is {prefix + near[0]!r}" if near else ""
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return [name for name in model.model_fields if name != "base"]
+        return checked(cls, data, where)

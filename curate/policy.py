@@ -94,6 +94,12 @@ class PolicyStages:
         with self.stage("rewards", left, rolled.height, "rollouts") as done:
             rolled = rolled.with_columns(reward=rewards(rolled, chosen, reward, self.store, done))
         self._note(skipped, "prompts are too long for rollouts")
+        if (
+            config.k > 1
+            and rolled.height
+            and rolled.group_by("source_uid").agg(pl.col("text").n_unique())["text"].max() == 1
+        ):
+            self.screen.note(f"all {config.k} rollouts are alike for every prompt: does the server sample at all?")
         if n := rolled["reward"].null_count():
             self.screen.note(f"{n:,} rewards are not a number: those rollouts are unranked and in the bucket `normal`")
         self.facts["rollouts"] = {

@@ -41,10 +41,13 @@ def test_imports_respect_the_walls(path):
     if where.startswith("curate/") and not where.startswith("curate/models/"):
         heavy = [n for n in names if within(n, "torch", "transformers", "sentence_transformers", "httpx", "requests")]
         assert not heavy, f"only curate/models touches torch or HTTP: {heavy}"
+    if where in ("curate/errors.py", "curate/settings.py"):
+        assert not [n for n in names if within(n, "curate") and not within(n, "curate.errors")], "common ground"
     if where.startswith("train/"):
-        allowed = ("curate.manifest", "curate.models") + (("curate.build",) if where == "train/stream.py" else ())
+        shared = ("curate.manifest", "curate.models", "curate.errors", "curate.settings")
+        allowed = shared + (("curate.build",) if where == "train/stream.py" else ())
         wrong = [n for n in names if within(n, "curate") and n != "curate" and not within(n, *allowed)]
-        assert not wrong, f"train imports curate.manifest and curate.models only: {wrong}"
+        assert not wrong, f"train imports contract, models and common ground only: {wrong}"
     if where.startswith("train/losses/"):
         wrong = [n for n in names if within(n, "train") and not within(n, "train.losses", "train.logprobs")]
         assert not wrong, f"losses import torch and train.logprobs only: {wrong}"

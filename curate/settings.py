@@ -1,0 +1,153 @@
+"""Settings from a YAML file and `dotted.path=value` words, checked against a pydantic model with errors that teach.
+
+Common ground of `curate` and `train`, like `errors.py`: it knows neither a build nor a training run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from curate.errors import InputError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def read_settings(
+    model: type[Settings],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    start: str = "",
+    exclusive: Sequence[Sequence[str]] = (),
+) -> Settings:
+    """The settings of a YAML file with overrides (values are YAML; lists are indexed by number).
+
+    Args:
+        model: what they are checked against; its field `base` gets the file's folder.
+        path: the file.
+        overrides: words `dotted.path=value`.
+        start: how one gets a first file, for the error where there is none.
+        exclusive: groups of dotted paths of which an override replaces the others.
+
+    Raises:
+        InputError: the file or a word cannot be used; every fault is listed with its dotted path.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", remedy=start) from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, not a config file", remedy=start.replace("FOLDER", str(path))) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid YAML: {str(error)[:500]}") from None
+    except OSError as error:
+        raise InputError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: the config must be a mapping of keys, not {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override, exclusive)
+    return checked(model, {**data, "base": str(path.parent)}, where=str(path))
+
+
+def checked(model: type[Settings], data: dict[str, Any], where: str = "config") -> Settings:
+    """Validate a mapping; every fault is listed with its dotted path.
+
+    Raises:
+        InputError: it does not fit the model.
+    """
+    try:
+        if "\0" in json.dumps(data, ensure_ascii=False, default=str).encode().decode().replace("\\u0000", "\0"):
+            raise InputError(f"{where}: a value holds the character NUL")
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(e, model) for e in error.errors()]
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise InputError(f"{where}: " + "; ".join([*lines[:10], *more])) from None
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise InputError(f"{where}: a value is not valid text: {error}") from None
+
+
+def _apply(data: dict[str, Any], override: str, exclusive: Sequence[Sequence[str]]) -> None:
+    """Set one dotted path of a nested mapping in place."""
+    dotted, _, text = override.partition("=")
+    if not text.strip():
+        raise InputError(f"{override}: there is no value behind the =", remedy="write null for the default")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{override[:200]}: the value is not valid YAML: {str(error)[:500]}") from None
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for key in parents:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        for other in (name for group in exclusive if dotted in group for name in group):
+            node.pop(other.rpartition(".")[2], None)
+        node[last] = value
+    else:
+        raise InputError(f"{override}: {'.'.join(parents)} is a single value and has no key {last!r}")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not (key.isascii() and key.isdecimal()) or int(key) >= len(node):
+            raise InputError(f"{override}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
+        return node[int(key)]
+    if isinstance(node, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        return node[key]
+    raise InputError(f"{override}: a single value has no key {key!r}")
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    """One validation error as a sentence, with the nearest known key for an unknown one."""
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {repr(given)[:100]})" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _nearest(location: Sequence[str | int], known: list[str], model: type[BaseModel]) -> str:
+    """The nearest key in the same section, else one of that name in another section."""
+    key = str(location[-1])
+    prefix = "".join(f"{part}." for part in location[:-1])
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return f"; did you mean {prefix + near[0]!r}?"
+    for section in model.model_fields if not prefix else ():
+        if key in (inside := _keys_at(model, [section])) and inside != known:
+            return f"; did you mean {section + '.' + key!r}?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"; the nearest is {prefix + near[0]!r}" if near else ""
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return [name for name in model.model_fields if name != "base"]
