@@ -49,10 +49,11 @@ def assemble(
     }
     scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
     instructions = _instructions(tasks, drawn["instructions"], scored)
+    untagged = _untagged(instructions, scored)
     frames = {
         "samples": _samples(work.rows, instructions, made.get("losses")),
         "completions": work.completions,
-        "tasks": _tasks(tasks, drawn["tasks"], instructions, made.get("distances")),
+        "tasks": _tasks(tasks, drawn["tasks"], instructions, made.get("distances"), untagged),
         "instructions": instructions,
         "tags": pl.read_parquet(made["tags"] / "tags.parquet", glob=False).sort("tag")
         if "tags" in made
@@ -173,7 +174,18 @@ def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFra
     return fit(frame, INSTRUCTIONS)
 
 
-def _tasks(tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFrame, distances: Any) -> pl.DataFrame:
+def _untagged(instructions: pl.DataFrame, scored: pl.DataFrame | None) -> dict[str, int]:
+    """Task -> rows that cannot be drawn, since the tagger failed at their instruction."""
+    if scored is None:
+        return {}
+    faulty = scored.filter(pl.col("fault").is_not_null())
+    rows = instructions.join(faulty, on="uid", how="semi").group_by("task").agg(pl.col("rows").sum())
+    return dict(rows.iter_rows())
+
+
+def _tasks(
+    tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFrame, distances: Any, untagged: dict[str, int]
+) -> pl.DataFrame:
     quota = {name: (share, asked) for name, share, asked in quotas.select("task", "share", "quota").iter_rows()}
     drawn = instructions.filter(pl.col("granted") > 0)
     totals = drawn.group_by("task").agg(
@@ -191,20 +203,20 @@ def _tasks(tasks: list[TaskRows], quotas: pl.DataFrame, instructions: pl.DataFra
             got = total.get(t.task.name, {"granted": 0, "covered": 0, "insinfo": None, "scored": False})
             row |= {"share": share, "quota": asked, "granted": got["granted"], "covered": got["covered"],
                     "insinfo": got["insinfo"] if got["scored"] else None,
-                    "reason": _reason(asked, got["granted"], row["rows"])}  # fmt: skip
+                    "reason": _reason(asked, got["granted"], row["rows"], untagged.get(t.task.name, 0))}  # fmt: skip
             if distances is not None:
                 row |= {"distance": distances[place].value, "distance_bound": distances[place].bound}
         found.append({name: row.get(name) for name in TASKS.schema})
     return fit(pl.DataFrame(found, schema=TASKS.schema), TASKS)
 
 
-def _reason(quota: int, granted: int, rows: int) -> str | None:
+def _reason(quota: int, granted: int, rows: int, untagged: int) -> str | None:
     if granted == quota:
         return None
     if granted > quota:
         return f"{granted - quota} more: the excess of tasks that are smaller than their quota"
-    if granted == rows:
-        return f"the task has only {rows} rows"
+    if granted == rows - untagged:
+        return f"the task has only {granted} rows" + (f" with tags, of {rows}" if untagged else "")
     return f"{quota - granted} fewer: all shares were rounded anew with the excess of smaller tasks"
 
 

@@ -9,7 +9,7 @@ the three templates are ours, since the paper's are not public; what the length 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import polars as pl
 
@@ -18,6 +18,9 @@ from curate.config import AugmentConfig
 from curate.manifest.schema import MESSAGE, content_hash, sample_uid
 from curate.models.base import Completion, Message, Prompt, Sampling
 from curate.store import Store
+
+Question: TypeAlias = tuple[dict[str, Any], str, Prompt]
+"""A row, the name of a template, and what the policy is asked."""
 
 MI_VERSION = 1
 PAIRS = 1024  # rewrites whose scores are kept together
@@ -60,21 +63,23 @@ def last_user(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
 
 
-def questions(rows: pl.DataFrame, config: AugmentConfig) -> list[tuple[dict[str, Any], str, Prompt]]:
-    """(row, template name, what the policy is asked) of every rewrite, those of like length side by side."""
+def questions(rows: pl.DataFrame, config: AugmentConfig) -> list[Question]:
+    """What is asked for every rewrite, questions of like length side by side."""
     found = []
     for row in rows.iter_rows(named=True):
         place = last_user(row["prompt"])
         if place < 0 or row["tools"] or any(m["tool_calls"] or m["role"] == "tool" for m in row["prompt"]):
             continue  # a rewrite holds {role, content} only, and what a tool said cannot be rewritten
         text = row["prompt"][place]["content"] or ""
+        if not text.strip():
+            continue
         for name, template in templates_of(config).items():
             asked = template.replace("{text}", text)  # not str.format: a prompt may hold braces
             found.append((row, name, Prompt(f"{row['uid']}/{name}", [{"role": "user", "content": asked}])))
     return sorted(found, key=lambda q: (len(q[2].messages[0]["content"]), q[2].uid))
 
 
-def rewritten(question: tuple[dict[str, Any], str, Prompt], rewrite: Completion) -> Prompt:
+def rewritten(question: Question, rewrite: Completion) -> Prompt:
     """The prompt with x̂ in the place of x."""
     row, name, _ = question
     messages = [dict(m) for m in row["prompt"]]
@@ -92,7 +97,7 @@ def usable(completion: Completion, what: str) -> str | None:
 
 
 def rewrites(
-    questions_: Sequence[tuple[dict[str, Any], str, Prompt]],
+    questions_: Sequence[Question],
     found: Sequence[Completion],
     answers: dict[str, Completion | str],
 ) -> pl.DataFrame:
@@ -118,7 +123,8 @@ def rewrites(
             fault = "the rewrite is the prompt itself"
         if fault is None and same in seen:
             fault = "the same as the rewrite of another template"
-        seen.add(same)
+        if fault is None:
+            seen.add(same)
         rows.append(
             {
                 "parent_uid": row["uid"],

@@ -66,12 +66,14 @@ class Blocks(Generic[Item]):
         """The result of every block, computed by `make` where it is missing; `done(n)` is told of every n new items."""
         found = []
         for key, items in self.parts:
-            new = not self.store.has(self.stage, key)
-            folder = self.store.get(self.stage, key, partial(_write, make, items))
+            made: list[int] = []
+            folder = self.store.get(self.stage, key, partial(_write, make, items, made))
             found.append(pl.read_parquet(folder / RESULT, glob=False))
-            done(len(items) if new else 0)
+            if made:
+                done(len(items))
         return found
 
 
-def _write(make: Callable[[Sequence[Any]], pl.DataFrame], items: Sequence[Any], folder: Path) -> None:
+def _write(make: Callable[[Sequence[Any]], pl.DataFrame], items: Sequence[Any], made: list[int], folder: Path) -> None:
     make(items).write_parquet(folder / RESULT)
+    made.append(len(items))

@@ -66,6 +66,8 @@ class PolicyStages:
     def run(self, rows: pl.DataFrame, tasks: Sequence[TaskRows]) -> PolicyWork:
         """All stages over `rows`: uid, task, stage, origin and the columns of `curate.ingest.ROWS`."""
         rows = rows.with_columns(source_uid=pl.col("uid"), written_by=pl.lit("gold"))
+        if self.config.replay.completions == "gold":
+            self.to_rewrite(rows)  # a prompt that is too long is found out before the first answer is waited for
         rolled, drops = self.roll(rows), DROPS.empty()
         gold = pl.DataFrame(schema={"source_uid": pl.String, "text": pl.String})
         if rolled is not None and self.config.replay.completions == "policy":
@@ -201,19 +203,15 @@ class PolicyStages:
         config, seed = self.config.augment, self.config.seed
         if config is None or self.policy is None:
             return AUGMENTATIONS.empty()
-        chosen = some_rows(rows, config.origins, config.per_task, seed, "augment")
         policy, sampling = self.policy.sized(config.block), augment.sampling_of(config, seed)
-        asked = augment.questions(chosen, config)
-        need, rule = config.max_new_tokens, self.config.too_long
-        fits, skipped = that_fit(chosen, [q[2] for q in asked], policy, need, rule, "a rewrite")
-        asked = [asked[i] for i in fits]
+        asked, skipped = self.to_rewrite(rows)
         ask = [q[2] for q in asked]
         with self.stage("rewrite", policy.to_generate(ask, sampling), len(ask), "prompts") as done:
             found = [some[0] for some in policy.generate(ask, sampling, done)]
         usable = [i for i, c in enumerate(found) if augment.usable(c, "rewrite") is None]
         prompts = [augment.rewritten(asked[i], found[i]) for i in usable]
         # a rewrite that is itself too long is the policy's doing, not the user's: it is a fault of that one row
-        fit, _ = that_fit(chosen, prompts, policy, need, "skip", "an answer")
+        fit, _ = that_fit(rows, prompts, policy, config.max_new_tokens, "skip", "an answer")
         answers: dict[str, Completion | str] = {
             asked[i][2].uid: "the rewrite leaves no room for an answer" for i in usable
         }
@@ -233,6 +231,17 @@ class PolicyStages:
             "skipped": sorted(skipped), **self._usage(pl.DataFrame([vars(c) for c in every], infer_schema_length=None)),
         }  # fmt: skip
         return finish_augmentations(frame, rows, config.theta)
+
+    def to_rewrite(self, rows: pl.DataFrame) -> tuple[list[augment.Question], list[str]]:
+        """(what the policy is asked to rewrite, uids of what is too long for it)."""
+        config = self.config.augment
+        if config is None or self.policy is None:
+            return [], []
+        chosen = some_rows(rows, config.origins, config.per_task, self.config.seed, "augment")
+        asked = augment.questions(chosen, config)
+        fits, skipped = that_fit(chosen, [q[2] for q in asked], self.policy, config.max_new_tokens,
+                                 self.config.too_long, "a rewrite")  # fmt: skip
+        return [asked[i] for i in fits], skipped
 
     # --- helpers ---
 
@@ -270,7 +279,7 @@ def on_policy(
         if row["origin"] != "replay" or (uid not in found and config.replay.fallback == "gold"):
             every.append(row)
         elif uid not in found:
-            drops.append({**row, "step": "rollout", "reason": _no_rollout(uid in top, config.replay.min_reward),
+            drops.append({**row, "step": "rollout", "reason": _no_rollout(row, uid in top, config.replay.min_reward),
                           "score": top.get(uid)})  # fmt: skip
         else:
             answer = {**dict.fromkeys(row["completion"][0]), "role": "assistant", "content": found[uid]}
@@ -284,7 +293,9 @@ def on_policy(
             pl.DataFrame(gold, schema={"source_uid": pl.String, "text": pl.String}), dropped)  # fmt: skip
 
 
-def _no_rollout(tried: bool, min_reward: float | None) -> str:
+def _no_rollout(row: dict[str, Any], tried: bool, min_reward: float | None) -> str:
+    if not row["prompt"]:
+        return "plain text: there is no prompt that the policy could answer"
     if not tried:
         return "its prompt was too long for a rollout"
     return "no rollout is finished and not empty" + ("" if min_reward is None else f" with a reward ≥ {min_reward:g}")

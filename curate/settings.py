@@ -46,6 +46,18 @@ def read_settings(
     Raises:
         InputError: the file or a word cannot be used; every fault is listed with its dotted path.
     """
+    data = read_yaml(path, start)
+    for word in overrides:
+        override(data, word, exclusive)
+    return checked(model, {**data, "base": str(Path(path).parent)}, where=str(path))
+
+
+def read_yaml(path: str | Path, start: str = "") -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        InputError: there is no such file, or it holds anything else.
+    """
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -59,9 +71,7 @@ def read_settings(
         raise InputError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: the config must be a mapping of keys, not {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override, exclusive)
-    return checked(model, {**data, "base": str(path.parent)}, where=str(path))
+    return data
 
 
 def checked(model: type[Settings], data: dict[str, Any], where: str = "config") -> Settings:
@@ -82,40 +92,44 @@ def checked(model: type[Settings], data: dict[str, Any], where: str = "config") 
         raise InputError(f"{where}: a value is not valid text: {error}") from None
 
 
-def _apply(data: dict[str, Any], override: str, exclusive: Sequence[Sequence[str]]) -> None:
-    """Set one dotted path of a nested mapping in place."""
-    dotted, _, text = override.partition("=")
+def override(data: dict[str, Any], word: str, exclusive: Sequence[Sequence[str]] = ()) -> None:
+    """Set one `dotted.path=value` of a nested mapping in place.
+
+    Raises:
+        InputError: the word has no value, or its path leads nowhere.
+    """
+    dotted, _, text = word.partition("=")
     if not text.strip():
-        raise InputError(f"{override}: there is no value behind the =", remedy="write null for the default")
+        raise InputError(f"{word}: there is no value behind the =", remedy="write null for the default")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{override[:200]}: the value is not valid YAML: {str(error)[:500]}") from None
+        raise InputError(f"{word[:200]}: the value is not valid YAML: {str(error)[:500]}") from None
     *parents, last = dotted.split(".")
     node: Any = data
     for key in parents:
-        node = _child(node, key, override)
+        node = _child(node, key, word)
     if isinstance(node, list):
-        _child(node, last, override)
+        _child(node, last, word)
         node[int(last)] = value
     elif isinstance(node, dict):
         for other in (name for group in exclusive if dotted in group for name in group):
             node.pop(other.rpartition(".")[2], None)
         node[last] = value
     else:
-        raise InputError(f"{override}: {'.'.join(parents)} is a single value and has no key {last!r}")
+        raise InputError(f"{word}: {'.'.join(parents)} is a single value and has no key {last!r}")
 
 
-def _child(node: Any, key: str, override: str) -> Any:
+def _child(node: Any, key: str, word: str) -> Any:
     if isinstance(node, list):
         if not (key.isascii() and key.isdecimal()) or int(key) >= len(node):
-            raise InputError(f"{override}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
+            raise InputError(f"{word}: {key!r} is not a place in a list of {len(node)} (the first is 0)")
         return node[int(key)]
     if isinstance(node, dict):
         if node.get(key) is None:
             node[key] = {}
         return node[key]
-    raise InputError(f"{override}: a single value has no key {key!r}")
+    raise InputError(f"{word}: a single value has no key {key!r}")
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

@@ -48,10 +48,10 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
     facts, rule = provenance["rollouts"], provenance["buckets"]["rule"]
     rolled = frames["completions"].filter(origin="policy")
     lines = [
-        f"{rolled.height:,} completions of {facts['prompts']:,} prompts, {facts['k']} each, at temperature "
-        f"{facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
-        f"({facts['unfinished']:,} were cut there). Reward: `{escape(facts['reward'][:80])}`"
-        + (f"; {facts['no_reward']:,} rewards are not a number" if facts["no_reward"] else "")
+        f"{rolled.height:,} completions of {rolled['prompt_uid'].n_unique():,} prompts, {facts['k']} each, at "
+        f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
+        f"({(~rolled['finished']).sum():,} were cut there). Reward: `{escape(facts['reward'][:80])}`"
+        + (f"; {n:,} rewards are not a number" if (n := rolled["reward"].null_count()) else "")
         + (f". {len(facts['skipped']):,} prompts are too long for the policy" if facts["skipped"] else "")
         + ".",
         f"Buckets (CPPO): log-probability ({rule['logp']} over tokens) and reward, standardised over "

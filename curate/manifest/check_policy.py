@@ -38,6 +38,8 @@ def buckets(m: Manifest) -> Iterator[str]:
         if rolled["bucket"].is_not_null().any():
             yield "completions.parquet: buckets, but provenance.json has no rule for them"
         return
+    if facts["rule"] != m.provenance["config"]["buckets"]:
+        yield f"provenance.json: the rule of the buckets is {facts['rule']}, but the configuration says another"
     rule = Rule(**facts["rule"])
     expected, stats = rule.assign(rolled)
     for uid, said, right in zip(rolled["uid"], rolled["bucket"], expected, strict=True):
@@ -61,24 +63,34 @@ def buckets(m: Manifest) -> Iterator[str]:
 
 
 def answers(m: Manifest) -> Iterator[str]:
-    """Ranks follow rewards, sides follow similarities; an answer that took the place of the source's is a rollout."""
-    rolled = m.completions.filter(origin="policy")
+    """Ranks follow rewards; an answer that took the place of the source's is a rollout, and the source's is kept."""
+    rolled, config = m.completions.filter(origin="policy"), m.provenance["config"].get("candidates") or {}
     right = pl.col("reward").rank("min", descending=True).over("prompt_uid").cast(pl.Int32)
-    wrong = rolled.with_columns(right=right).filter(
-        pl.col("rank").is_not_null() & pl.col("rank").ne_missing(pl.col("right"))
-    )
+    right = right if config.get("rank") else pl.lit(None, dtype=pl.Int32)
+    wrong = rolled.with_columns(right=right).filter(pl.col("rank").ne_missing(pl.col("right")))
     for uid, rank, expected in wrong.select("uid", "rank", "right").iter_rows():
         yield f"completions.parquet: uid {uid}: rank {rank}, its reward gives {expected}"
+    known = {(o, p, t) for o, p, t in m.completions.select("origin", "prompt_uid", "text").iter_rows()}
+    replaced = m.samples.filter(pl.col("origin") != "augmented", written_by="policy")
+    for uid, completion, references in replaced.select("uid", "completion", "references").iter_rows():
+        if ("policy", uid, completion[0]["content"]) not in known:
+            yield f"samples.parquet: uid {uid}: its answer is the policy's, but is no rollout in completions.parquet"
+        if ("gold", uid, references[0]) not in known:
+            yield f"completions.parquet: the source's answer to prompt_uid {uid}, which gave way, is not there"
+
+
+def sides(m: Manifest) -> Iterator[str]:
+    """Sides follow similarities and the threshold, which is the configuration's."""
+    config = m.provenance["config"].get("candidates") or {}
     threshold = (m.provenance.get("similarity") or {}).get("threshold")
+    if threshold != (config.get("threshold") if config.get("similarity") else None):
+        yield f"provenance.json: threshold of similarity {threshold}, but the configuration says another"
+        return
     for uid, similarity, side in m.completions.select("uid", "similarity", "side").iter_rows():
         if (similarity is None) != (side is None):
             yield f"completions.parquet: uid {uid}: similarity {similarity}, side {side}"
         elif similarity is not None and side != ("align" if similarity >= threshold else "conflict"):
             yield f"completions.parquet: uid {uid}: side {side!r} at similarity {similarity}, threshold {threshold}"
-    known = {(p, t) for p, t in rolled.select("prompt_uid", "text").iter_rows()}
-    for uid, completion, by, origin in m.samples.select("uid", "completion", "written_by", "origin").iter_rows():
-        if by == "policy" and origin != "augmented" and (uid, completion[0]["content"]) not in known:
-            yield f"samples.parquet: uid {uid}: its answer is the policy's, but is no rollout in completions.parquet"
 
 
 def augmentations(m: Manifest) -> Iterator[str]:
@@ -88,6 +100,8 @@ def augmentations(m: Manifest) -> Iterator[str]:
         if m.augmentations.height:
             yield "augmentations.parquet: rows, but provenance.json has no θ for them"
         return
+    if facts["theta"] != m.provenance["config"]["augment"]["theta"]:
+        yield f"provenance.json: θ {facts['theta']}, but the configuration says another"
     samples = {row["uid"]: row for row in m.samples.filter(origin="augmented").iter_rows(named=True)}
     kept = set(m.augmentations.filter("kept")["uid"])
     for row in m.augmentations.iter_rows(named=True):
@@ -103,17 +117,22 @@ def augmentations(m: Manifest) -> Iterator[str]:
         answer = row["completion"][0]["content"]
         if sample_uid(row["task"], mine, row["completion"], [answer], parent_uid=row["parent_uid"]) != row["uid"]:
             yield f"{where}: uid is not the hash of its content; the row was edited"
+        if row["template"] not in facts["templates"]:
+            yield f"{where}: template {row['template']!r}, which the provenance does not have"
         if row["kept"] and row["uid"] in samples:
             sample = samples[row["uid"]]
-            for column in ("mi_input", "mi_output", "parent_uid"):
-                if sample[column] != row[column]:
+            for column in ("mi_input", "mi_output", "parent_uid", "augmentation"):
+                if sample[column] != row["template" if column == "augmentation" else column]:
                     yield f"samples.parquet: uid {row['uid']}: column {column!r} is not that of augmentations.parquet"
     for uid in sorted(kept ^ samples.keys()):
         yield f"augmentations.parquet: uid {uid}: kept there, or in samples.parquet as augmented, but not both"
+    out = set(m.augmentations["uid"]) - kept
+    for uid in sorted(out ^ set(m.drops.filter(step="augment")["uid"])):
+        yield f"drops.parquet: uid {uid}: a rewrite that is not kept belongs there, and none that is"
     counts = dict(m.augmentations.group_by("task").agg(pl.col("kept").sum()).iter_rows())
     for task, augmented in m.tasks.select("task", "augmented").iter_rows():
         if (augmented or 0) != counts.get(task, 0):
             yield f"tasks.parquet: task {task!r}: augmented {augmented}, augmentations.parquet keeps {counts.get(task)}"
 
 
-POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (tokens, buckets, answers, augmentations)
+POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (tokens, buckets, answers, sides, augmentations)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from curate.config import ModelConfig
 from curate.errors import InputError
 from curate.manifest.schema import content_hash
 from curate.models.base import Completion, Message, Prompt, Sampling
-from curate.models.chat import answer_ids, prompt_ids
+from curate.models.chat import answer_ids, contents, prompt_ids
 from curate.models.memory import halving
 from curate.models.weights import architectures, model_folder, quiet, weights_hash
 
@@ -44,6 +45,8 @@ class LocalModel:
         kinds = architectures(self.folder)
         if not any(kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds):
             raise InputError(f"{where} {self.name!r}: not a causal language model ({', '.join(kinds) or 'no config'})")
+        if json.loads((self.folder / "config.json").read_bytes()).get("is_encoder_decoder"):
+            raise InputError(f"{where} {self.name!r}: an encoder-decoder, not a causal language model ({kinds[0]})")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,9 +74,11 @@ class LocalModel:
         """`sampling.k` completions of every prompt, in order. Prompts of like length share a batch.
 
         Raises:
-            InputError: a prompt leaves less than `sampling.max_new_tokens` of the context, or memory is too small for
-                a single prompt.
+            InputError: a prompt leaves less than `sampling.max_new_tokens` of the context, memory is too small for a
+                single sequence, or completions cannot share the state of this architecture.
         """
+        from curate.models.decode import cache_name
+
         ids = [prompt_ids(self.tokenizer, p) for p in prompts]
         for prompt, row in zip(prompts, ids, strict=True):
             if not row:
@@ -84,39 +89,42 @@ class LocalModel:
                     f"than the {self.context} that {self.name!r} takes",
                     remedy="shorten the prompt, lower max_new_tokens, or leave such rows out with too_long: skip",
                 )
-        found: dict[int, list[Completion]] = {}
-        for part in _parts(ids, max(1, self.config.batch_size // sampling.k)):
-            drawn = halving(part, lambda rows: self._decode([ids[i] for i in rows], [prompts[i] for i in rows],
-                                                            sampling), self.where)  # fmt: skip
+        if cache_name(self.model) is None:
+            raise InputError(
+                f"{self.where} {self.name!r}: {type(self.model).__name__} keeps its state where completions "
+                "cannot share it: it can score, but not generate"
+            )
+        found: dict[tuple[int, int], Completion] = {}
+        for part in self._parts(ids, sampling.k):
+            drawn = halving(part, lambda some: self._decode(ids, prompts, some, sampling), self.where)
             found |= dict(zip(part, drawn, strict=True))
-        return [found[i] for i in range(len(prompts))]
+        return [[found[i, j] for j in range(sampling.k)] for i in range(len(prompts))]
 
     def score(self, pairs: Sequence[tuple[Prompt, Sequence[Message]]]) -> list[Completion | None]:
         """Log-probability of every token of each answer, temperature 1; None where prompt and answer do not fit.
 
         log π(y|x) per token: log softmax of the logits that stand before it, in float32.
         """
-        rows = [(prompt_ids(self.tokenizer, p), answer_ids(self.tokenizer, p, a)) for p, a in pairs]
+        rows = [(prompt_ids(self.tokenizer, p), answer_ids(self.tokenizer, p, a, self._ends)) for p, a in pairs]
         rows = [(p, a) if p else (a[:1], a[1:]) for p, a in rows]  # nothing predicts a first token without a start
         fits = [i for i, (p, a) in enumerate(rows) if a and (self.context is None or len(p) + len(a) <= self.context)]
         found: dict[int, Completion] = {}
-        for part in _parts([[*rows[i][0], *rows[i][1]] for i in fits], self.config.batch_size):
-            some = [fits[i] for i in part]
+        for part in self._parts([[*rows[i][0], *rows[i][1]] for i in fits]):
+            some = [fits[i] for i, _ in part]
             logps = halving(some, lambda these: self._logps([rows[i] for i in these]), self.where)
             for i, logp in zip(some, logps, strict=True):
-                text = "\n\n".join(str(m["content"] or "") for m in pairs[i][1])
-                found[i] = Completion(text, rows[i][1], logp, len(logp))
+                found[i] = Completion(contents(pairs[i][1]), rows[i][1], logp, len(logp))
         return [found.get(i) for i in range(len(pairs))]
 
     # --- the model ---
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, with a padding token."""
+        """The model's tokenizer."""
         from transformers import AutoTokenizer
 
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a broken file raises, the tokenizer cannot be used
             raise InputError(f"{self.where} {self.name!r}: no usable tokenizer: {str(error)[:500]}") from None
         return tokenizer
@@ -124,13 +132,18 @@ class LocalModel:
     @cached_property
     def context(self) -> int | None:
         """Longest sequence in tokens; None where the architecture has no limit."""
-        limit = self._settings.get("max_position_embeddings") or self._settings.get("n_positions")
-        return int(limit) if limit else None
+        limit = getattr(self._settings.get_text_config(), "max_position_embeddings", None)
+        return limit if limit and limit > 0 else None
 
     @cached_property
-    def _settings(self) -> dict[str, Any]:
-        found = json.loads((self.folder / "config.json").read_bytes())
-        return {**found, **(found.get("text_config") or {})}
+    def _settings(self) -> Any:
+        """config.json with the defaults of the architecture, which it may leave out."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever a broken file raises, the model cannot be used
+            raise InputError(f"{self.where} {self.name!r}: no usable config.json: {str(error)[:500]}") from None
 
     @cached_property
     def model(self) -> Any:
@@ -142,13 +155,18 @@ class LocalModel:
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         half = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and device.startswith("cuda"))
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True,
-                dtype=torch.bfloat16 if half else torch.float32,
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                dtype=torch.bfloat16 if half else torch.float32, output_loading_info=True,
             )  # fmt: skip
-            model = model.to(device)
+            model, info = loaded[0].to(device), loaded[1]
         except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
             raise InputError(f"{self.where} {self.name!r} cannot be loaded: {str(error)[:500]}") from None
+        if info["missing_keys"]:  # transformers would fill them with random numbers
+            raise InputError(
+                f"{self.where} {self.name!r}: its files lack the weights {', '.join(sorted(info['missing_keys'])[:5])}",
+                remedy="save the whole trained model with model.save_pretrained(folder)",
+            )
         self._check_tokenizer(model)
         return model.eval()
 
@@ -162,7 +180,7 @@ class LocalModel:
                 "not this model's tokenizer",
                 remedy="put the tokenizer files that the model was trained with into its folder",
             )
-        named, own = self._ends(model.config, model.generation_config), self.tokenizer.eos_token_id
+        named, own = _named_ends(model), self.tokenizer.eos_token_id
         if named and own is not None and own not in named and not any(e <= highest for e in named):
             raise InputError(
                 f"{self.where} {self.name!r}: the model ends a text with token {sorted(named)}, which its tokenizer "
@@ -170,29 +188,39 @@ class LocalModel:
                 remedy="put the tokenizer files that the model was trained with into its folder",
             )
 
-    @staticmethod
-    def _ends(*configs: Any) -> set[int]:
-        found: set[int] = set()
-        for config in configs:
-            value = getattr(config, "eos_token_id", None)
-            found |= set() if value is None else set(value) if isinstance(value, list | tuple) else {value}
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the model's, and its tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return sorted(_named_ends(self.model) | ({own} - {None}))
+
+    def _parts(self, rows: Sequence[Sequence[int]], copies: int = 1) -> list[list[tuple[int, int]]]:
+        """Batches of (row, copy) of like length, the longest first: what does not fit into memory shows at once."""
+        from curate.models.decode import pads
+
+        mixed, size = pads(self.model), self.config.batch_size
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), tuple(rows[i]), i))
+        found = []
+        for _, like in groupby(order, key=lambda i: mixed or len(rows[i])):
+            some = [(i, j) for i in like for j in range(copies)]
+            found += [some[at : at + size] for at in range(0, len(some), size)]
         return found
 
-    def _decode(self, ids: list[list[int]], prompts: list[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def _decode(
+        self, ids: list[list[int]], prompts: Sequence[Prompt], part: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> list[Completion]:
+        """Completions (row, number) of one batch."""
         from curate.models.decode import decode
 
-        tokenizer, model = self.tokenizer, self.model
-        ends = self._ends(model.config, model.generation_config, tokenizer)
-        numbers = np.stack([_uniforms(p.uid, sampling) for p in prompts])
-        drawn = decode(model, ids, numbers, sampling, sorted(ends), _pad(tokenizer))
+        here = list(dict.fromkeys(i for i, _ in part))
+        numbers = np.stack([_uniforms(prompts[i].uid, j, sampling) for i, j in part])
+        drawn = decode(self.model, [ids[i] for i in here], [here.index(i) for i, _ in part], numbers, sampling,
+                       self._ends, _pad(self.tokenizer))  # fmt: skip
+        texts = [self.tokenizer.decode(d.tokens[: len(d.tokens) - d.finished], skip_special_tokens=True) for d in drawn]
         return [
-            [
-                Completion(tokenizer.decode(d.tokens, skip_special_tokens=True), d.tokens, d.logps, len(d.tokens),
-                           d.finished, len(row))
-                for d in some
-            ]
-            for row, some in zip(ids, drawn, strict=True)
-        ]  # fmt: skip
+            Completion(text, d.tokens, d.logps, len(d.tokens), d.finished, len(ids[i]))
+            for text, d, (i, _) in zip(texts, drawn, part, strict=True)
+        ]
 
     def _logps(self, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Log-probabilities of the answers of rows (prompt, answer) of like length."""
@@ -203,7 +231,7 @@ class LocalModel:
         ids, mask = padded([[*p, *a] for p, a in rows], _pad(self.tokenizer), self.model.device)
         most = max(len(a) for _, a in rows)
         with torch.inference_mode():
-            if len(rows) > 1 and len(rows) * most * self._settings.get("vocab_size", 1) > LOGITS:
+            if len(rows) > 1 and len(rows) * most * self._settings.get_text_config().vocab_size > LOGITS:
                 half = len(rows) // 2
                 return self._logps(rows[:half]) + self._logps(rows[half:])
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=most + 1,
@@ -235,16 +263,14 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _uniforms(uid: str, sampling: Sampling) -> NDArray[np.float64]:
-    """[k, max_new_tokens] numbers of one prompt: of each completion the same whatever k or the length limit is."""
-    rows = [
-        np.random.default_rng([sampling.seed, j, *uid.encode()]).random(sampling.max_new_tokens)
-        for j in range(sampling.k)
-    ]
-    return np.stack(rows)
+def _named_ends(model: Any) -> set[int]:
+    """The end tokens of generation_config.json, else of config.json (which may hold an architecture's default)."""
+    for config in (model.generation_config, model.config):
+        if (value := getattr(config, "eos_token_id", None)) is not None:
+            return set(value) if isinstance(value, list | tuple) else {value}
+    return set()
 
 
-def _parts(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of rows in batches of like length, the longest first: what does not fit into memory shows at once."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), tuple(rows[i]), i))
-    return [order[at : at + size] for at in range(0, len(order), size)]
+def _uniforms(uid: str, number: int, sampling: Sampling) -> NDArray[np.float64]:
+    """[max_new_tokens] numbers of one completion of a prompt: the same whatever k or the length limit is."""
+    return np.random.default_rng([sampling.seed, number, *uid.encode()]).random(sampling.max_new_tokens)

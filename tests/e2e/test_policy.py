@@ -1,12 +1,5 @@
-"""The stages that ask a model, through the whole build: real shipped rows, the real starter model, real processes.
+"""The stages that ask the policy, through the whole build: real shipped rows, the real starter, real processes."""
 
-Builds of one module share a folder and its cache, so that each prompt is answered once. Where a test needs a model that
-says what it is told (rewrites that mean the same, broken tags, empty answers), a server on loopback stands in for it.
-"""
-
-import contextlib
-import gzip
-import hashlib
 import json
 import math
 import os
@@ -14,218 +7,37 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
-import yaml
+from policy_runs import (
+    AUGMENT,
+    BUCKETS,
+    FACTS,
+    RANKED,
+    ROLLOUTS,
+    STARTER,
+    as_file,
+    forged,
+    judged_by,
+    real,
+    settings,
+    task,
+)
 from test_build import ROOT, bytes_of, curate, fails
 
 from curate.build import build
-from curate.config import ModelConfig
+from curate.config import EmbedConfig, ModelConfig
 from curate.errors import InputError
 from curate.explain import explain
-from curate.manifest import TABLES, Bucket, check, read, sequence_logp
+from curate.manifest import TABLES, check, read, sequence_logp
 from curate.manifest.schema import completion_uid, sample_uid
 from curate.models import LocalModel, Prompt, open_embedder
-from curate.refilter import refilter
-from curate.screen import Silent
 
-STARTER = ROOT / "examples/starter"
-KEY, VARIABLE = "sk-very-secret-0123456789", "REHEARSE_TEST_KEY"
-BUCKETS = [str(b) for b in Bucket]
+# --- the demo, and builds that are cut off ---
 
-
-# --- real rows, and builds of them ---
-
-
-def real(file, n, **where):
-    """The first n rows of a shipped file's training split, `column="value"` for those that begin so."""
-    with gzip.open(ROOT / f"examples/{file}.jsonl.gz", "rt") as lines:
-        rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
-    return [r for r in rows if all(r[c].startswith(v) for c, v in where.items())][:n]
-
-
-def put(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-FACTS = {"format": "alpaca", "columns": {"instruction": "question", "output": "new_answer"}}
-RANKED = {"format": "ranked", "columns": {"prompt": "question", "output": "gold"}, "ranked_by": "human"}
-
-
-def task(name, file=None, **more):
-    return {"name": name, "path": f"{file or name}.jsonl", **({"format": "superni"} if not more else more)}
-
-
-STREAM = [task("poem"), task("tense"), task("facts", **FACTS)]
-ROLLOUTS = {"k": 3, "max_new_tokens": 6, "block": 6}
-AUGMENT = {"per_task": 2, "max_new_tokens": 24, "block": 6, "theta": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The last bit of a number may depend on the number of threads: here and in every process it is one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv(VARIABLE, KEY)
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Real rows as small tasks, and the starter model beside them."""
-    folder = tmp_path_factory.mktemp("policy")
-    put(folder / "poem.jsonl", real("superni/sentiment_analysis", 12, task="task833"))
-    put(folder / "tense.jsonl", real("superni/text_quality_evaluation", 9, task="task429"))
-    put(folder / "facts.jsonl", real("conflict/templama", 6))
-    put(folder / "older.jsonl", real("conflict/templama", 14)[6:])
-    put(folder / "ranked.jsonl", real("ranked/qa_feedback", 5))
-    put(folder / "code.jsonl", real("superni/code", 4, task="task868"))
-    pairs = []
-    for row in real("ranked/qa_feedback", 10)[5:]:
-        answers = sorted(row["candidates"], key=lambda c: c["rank"])
-        pairs.append({"prompt": row["question"], "chosen": answers[0]["text"], "rejected": answers[-1]["text"]})
-    put(folder / "pairs.jsonl", pairs)
-    (folder / "starter").symlink_to(STARTER)
-    return folder
-
-
-def settings(folder, out, *, tasks=STREAM, **sections):
-    """A configuration as `build` takes it: rows at random, the starter as the policy."""
-    replay = {"selector": "random", "budget": 8, **sections.pop("replay", {})}
-    return {"name": "small", "tasks": tasks, "replay": replay, "policy": {"model": "starter"}, **sections,
-            "base": str(folder), "out": str(folder / out), "cache": str(folder / ".curate-cache")}  # fmt: skip
-
-
-def as_file(settings, path):
-    """The same for the command line."""
-    path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "base"}, sort_keys=False))
-    return path
-
-
-@pytest.fixture(scope="module")
-def small(folder):
-    """8 replayed and 6 current rows, 3 rollouts each, 12 rewrites: the build that nobody disturbed."""
-    return build(settings(folder, "small", rollouts=ROLLOUTS, augment=AUGMENT))
-
-
-@pytest.fixture(scope="module")
-def compared(folder, small):
-    """The same with the rollouts beside their targets."""
-    wanted = settings(folder, "compared", rollouts=ROLLOUTS, candidates={"similarity": True, "threshold": 0.2})
-    return build(wanted)
-
-
-class Notes(Silent):
-    """A screen that keeps what it is told."""
-
-    def __init__(self):
-        self.notes, self.cached_stages = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def cached(self, name, what):
-        self.cached_stages.append(name)
-
-
-# --- a server that says what it is told ---
-
-
-def good(text, reason="stop", logps=None, tokens=3):
-    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
-    if logps:
-        choice["logprobs"] = {"content": [{"token": "x", "logprob": p} for p in logps]}
-    return {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": len(logps) if logps else tokens}}
-
-
-@contextlib.contextmanager
-def server(answer):
-    """An OpenAI-compatible server over `answer(body) -> response`; gives its configuration, and the bodies it saw."""
-    bodies = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_POST(self):
-            assert self.headers["authorization"] == f"Bearer {KEY}"
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            bodies.append(body)
-            data = json.dumps(answer(body)).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    url = f"http://127.0.0.1:{http.server_port}/v1"
-    try:
-        yield {"backend": "api", "base_url": url, "model": "scripted", "api_key_env": VARIABLE}, bodies
-    finally:
-        http.shutdown()
-        http.server_close()
-
-
-def asked(body):
-    return body["messages"][-1]["content"]
-
-
-def holds_the_key(*folders):
-    return [f for folder in folders for f in folder.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
-
-
-def rewriter(body):
-    """A policy that rewrites: all words and more (background), two thirds (expansion), a third (paraphrase).
-
-    Its answer to everything is "Past", which is right for about half of the rows of `tense`. Rewrites of the words
-    "begged" and "ran" are cut, empty or the prompt itself, so that every fault is seen.
-    """
-    text = asked(body)
-    template, _, rest = text.partition("\n\nTask:\n")
-    if not rest:
-        return good("Past", logps=[-0.25, -0.5])
-    words = rest.split(" ")
-    if "background" in template:
-        return good(f"{rest} Think of grammar first.")
-    if "more detail" in template:
-        return good(" ".join(words[: len(words) * 2 // 3]))
-    return good(" ".join(words[: len(words) // 3]))
-
-
-@pytest.fixture(scope="module")
-def rewritten(folder):
-    """A build whose rewrites have scores from 0 to nearly 1, since a server wrote them. The server is gone by then."""
-    with server(rewriter) as (model, bodies):
-        wanted = settings(
-            folder, "rewritten", tasks=[task("tense"), task("facts", **FACTS)], policy=model,
-            replay={"budget": 9}, rollouts={"k": 2, "per_task": 4}, augment={"theta": 0.1},
-        )  # fmt: skip
-        build(wanted)
-        assert len(bodies) == 16 + 27 + 27  # 8 prompts twice, 9 rows by 3 templates, an answer to each
-    return wanted
-
-
-# --- 1. the demo, and builds that are cut off ---
-
-
-FEW = ["rollouts.per_task=2", "rollouts.k=2", "rollouts.max_new_tokens=6", "augment.per_task=1",
-       "augment.max_new_tokens=12", "augment.block=256", "replay.budget=34", "tags.max_tags=1"]  # fmt: skip
+FEW = ["rollouts.per_task=2", "rollouts.k=2", "rollouts.max_new_tokens=6", "replay.budget=34", "tags.cluster=false",
+       "augment.per_task=1", "augment.max_new_tokens=12", "augment.templates.again=Say it again. {text}"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +57,7 @@ def test_the_demo_builds_and_is_sound(demo):
     manifest = read(folder / "run")
     assert all(getattr(manifest, name).height for name in TABLES)
     assert set(manifest.completions["origin"]) == {"policy", "human"}
-    assert manifest.augmentations.height == 17 * 3  # a row of each older task, three templates
+    assert manifest.augmentations.height == 17  # a row of each older task
 
 
 def test_the_demo_loads_with_datasets(demo, tmp_path):
@@ -276,12 +88,13 @@ import transformers.models.llama.modeling_llama
 write, seen = curate.blocks._write, []
 
 def until(stage, number):
-    def wrapped(make, items, folder):
+    def wrapped(*given):
+        folder = given[-1]
         seen.append(folder.parent.name)
         if folder.parent.name == stage and seen.count(stage) == number:
             (folder / curate.blocks.RESULT).write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        write(make, items, folder)
+        write(*given)
     curate.blocks._write = wrapped
 
 moments, cache = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -301,15 +114,15 @@ for moment in [*moments, None]:
 
 @pytest.fixture(scope="module")
 def killed(small, folder, tmp_path_factory):
-    """A build that is killed five times, each time in a later stage, in another folder: what each process left."""
+    """A build that is killed four times, each time in a later stage, in another folder: what each process left."""
     elsewhere = tmp_path_factory.mktemp("killed")
     for file in folder.glob("*.jsonl"):
         shutil.copy(file, elsewhere)
     (elsewhere / "starter").symlink_to(STARTER)
     wanted = settings(elsewhere, "run", rollouts=ROLLOUTS, augment=AUGMENT)
     as_file({**wanted, "out": "runs/a", "cache": "cache"}, elsewhere / "config.yaml")
-    # in the second block of rollouts, in the rewards, in the second block of rewrites, in the answers, in the scores
-    moments = [("generate", 2), ("reward", 1), ("generate", 2), ("generate", 2), ("mi", 1)]
+    # in the second block of rollouts, in the second block of rewrites, in the first of answers, in the scores
+    moments = [("generate", 2), ("generate", 4), ("generate", 2), ("mi", 1)]
     command = [sys.executable, "-c", KILLER, json.dumps(moments), "cache", "build", "config.yaml", "--quiet"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300)
@@ -319,10 +132,10 @@ def killed(small, folder, tmp_path_factory):
 
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(killed, small):
     elsewhere, steps = killed
-    assert [code for code, _ in steps] == [-signal.SIGKILL] * 5 + [0]
+    assert [code for code, _ in steps] == [-signal.SIGKILL] * 4 + [0]
     # 14 prompts in blocks of 6 are 3 blocks, 12 rewrites are 2: each process has kept what the ones before it did
-    assert [kept for _, kept in steps][:4] == [1, 3, 4, 5]
-    assert bytes_of(elsewhere / "runs/a") == {**bytes_of(small.folder)}
+    assert [kept for _, kept in steps][:3] == [1, 4, 5]
+    assert bytes_of(elsewhere / "runs/a") == bytes_of(small.folder)
 
 
 @pytest.mark.xfail(reason="Store.sweep does not know the stages of the policy")
@@ -330,7 +143,7 @@ def test_nothing_half_written_stays_in_the_cache(killed):
     assert not list((killed[0] / "cache").glob("*/.*"))
 
 
-# --- 2. buckets ---
+# --- buckets ---
 
 
 def moments(values):
@@ -357,7 +170,8 @@ def expected_buckets(rolled, population, logp, k):
 @pytest.mark.parametrize(("population", "logp"), [("task", "mean"), ("all", "mean"), ("batch", "mean"), ("all", "sum")])
 def test_buckets_and_their_counts_are_a_recount(folder, small, population, logp):
     out = f"buckets-{population}-{logp}"
-    manifest = build(settings(folder, out, rollouts={**ROLLOUTS, "reward": {"kind": "python", "function": "by_length:rate"}}, buckets={"k": 0.3, "population": population, "logp": logp}))
+    rule = {"k": 0.3, "population": population, "logp": logp}
+    manifest = build(settings(folder, out, rollouts=judged_by("length"), buckets=rule))
     rolled = manifest.completions.filter(origin="policy")
     assert check(folder / out) == []
     assert rolled.height == 14 * 3
@@ -371,3 +185,349 @@ def test_buckets_and_their_counts_are_a_recount(folder, small, population, logp)
         assert row["rollouts"] == len(mine) == sum(row[b] for b in BUCKETS)
 
 
+def test_one_population_has_one_entry_in_the_provenance(folder, small):
+    facts = small.provenance["buckets"]
+    assert facts["rule"] == {"k": 0.5, "logp": "mean", "population": "task"}
+    assert facts["statistics"].keys() == {"poem", "tense", "facts"}
+    rolled = small.completions.filter(origin="policy", task="facts")
+    mean, deviation = moments(rolled["reward"].to_list())
+    stats = facts["statistics"]["facts"]
+    assert stats["n"] == rolled.height == 18
+    assert (stats["reward_mean"], stats["reward_std"]) == pytest.approx((mean, deviation), abs=1e-12)
+
+
+# --- on-policy replay ---
+
+
+def by_hand(rolled, least):
+    """prompt uid -> the finished rollout with the highest reward ≥ least; of equals the likelier, then the first."""
+    found = {}
+    for uid in rolled["prompt_uid"].unique():
+        rows = [r for r in rolled.filter(prompt_uid=uid).to_dicts() if r["finished"] and r["text"].strip()]
+        rows = [r for r in rows if r["reward"] >= least]
+        if rows:
+            found[uid] = max(rows, key=lambda r: (r["reward"], sequence_logp(r["token_logps"])))["text"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(folder, small):
+    """Rollouts judged by their length, answers of the source: what on-policy replay starts from."""
+    return build(settings(folder, "plain", rollouts=judged_by("length")))
+
+
+@pytest.mark.parametrize("fallback", ["gold", "drop"])
+def test_replayed_rows_carry_the_best_rollout(folder, plain, fallback):
+    replay = {"completions": "policy", "min_reward": 4, "fallback": fallback}
+    manifest = build(settings(folder, f"on-policy-{fallback}", rollouts=judged_by("length"), replay=replay))
+    assert check(manifest.folder) == []
+    old = {row["uid"]: row for row in plain.samples.filter(origin="replay").iter_rows(named=True)}
+    rolled = plain.completions.filter(pl.col("prompt_uid").is_in(list(old)))
+    best = by_hand(rolled, 4)
+    assert 0 < len(best) < 8, "the rows show nothing"
+    new = {(r["task"], r["row"]): r for r in manifest.samples.filter(origin="replay").iter_rows(named=True)}
+    assert len(new) == (8 if fallback == "gold" else len(best))
+    for uid, row in old.items():
+        sample = new.get((row["task"], row["row"]))
+        if uid in best:
+            assert sample["completion"] == [{"role": "assistant", "content": best[uid]}]
+            assert (sample["prompt"], sample["references"]) == (row["prompt"], row["references"])
+            assert sample["uid"] == sample_uid(row["task"], row["prompt"], sample["completion"], row["references"])
+            assert sample["written_by"] == "policy"
+            answers = manifest.completions.filter(prompt_uid=sample["uid"])
+            gold = answers.filter(origin="gold").to_dicts()
+            assert [g["text"] for g in gold] == [row["references"][0]]
+            assert gold[0]["uid"] == completion_uid(sample["uid"], "gold", row["references"][0])
+            mine = rolled.filter(prompt_uid=uid).select("text", "reward", "token_logps", "rank").sort("text", "reward")
+            assert answers.filter(origin="policy").select(mine.columns).sort("text", "reward").equals(mine)
+        elif fallback == "gold":
+            assert {**sample, "written_by": "gold"} == {**row, "written_by": "gold"}
+            assert manifest.completions.filter(prompt_uid=uid, origin="gold").height == 0
+        else:
+            drop = manifest.drops.filter(uid=uid).row(0, named=True)
+            assert (drop["step"], drop["row"], drop["task"]) == ("rollout", row["row"], row["task"])
+            assert drop["reason"] == "no rollout is finished and not empty with a reward ≥ 4"
+            assert drop["score"] == rolled.filter(prompt_uid=uid)["reward"].max()
+    left_out = 0 if fallback == "gold" else 8 - len(best)
+    assert manifest.drops.filter(step="rollout").height == left_out
+    assert manifest.provenance["on_policy"] == {"replaced": len(best), "dropped": left_out}
+    assert manifest.samples.filter(origin="current").equals(plain.samples.filter(origin="current"))
+    gone = forged(manifest.folder, folder / f"forged-{fallback}", "completions",
+                  pl.when(origin="gold").then(pl.lit("human")).otherwise("origin").alias("origin"))  # fmt: skip
+    assert any("the source's answer to prompt_uid" in fault for fault in check(gone))
+    card = (manifest.folder / "README.md").read_text()
+    assert f"{len(best)} replayed rows carry the policy's own best answer, {left_out} were left out" in card
+    rollouts = manifest.completions.filter(origin="policy")
+    assert f"{rollouts.height} completions of {rollouts['prompt_uid'].n_unique()} prompts" in card
+
+
+def test_explain_tells_of_on_policy_rows(folder, plain):
+    replay = {"completions": "policy", "min_reward": 4, "fallback": "drop"}
+    manifest = build(settings(folder, "told", rollouts=judged_by("length"), replay=replay))
+    swapped = manifest.samples.filter(written_by="policy").row(0, named=True)
+    story = explain(manifest, swapped["uid"])
+    assert "the policy's own best rollout" in story and "Rollouts: 3 by the policy" in story
+    dropped = manifest.drops.filter(pl.col("score") > 0, step="rollout").row(0, named=True)
+    done = curate("explain", manifest.folder, dropped["uid"])
+    assert (
+        f"no rollout is finished and not empty with a reward ≥ 4; the best reward was {dropped['score']:g}"
+        in done.stdout
+    )
+
+
+def test_on_policy_replay_of_ranked_rows_keeps_their_answers(folder):
+    wanted = settings(
+        folder, "on-policy-ranked", tasks=[task("ranked", **RANKED), task("facts", **FACTS)],
+        replay={"budget": 3, "completions": "policy"}, augment={"max_new_tokens": 4},
+        rollouts={"k": 2, "max_new_tokens": 16, "origins": ["current"]}, candidates={"score": False},
+    )  # fmt: skip
+    manifest = build(wanted)
+    assert check(manifest.folder) == []
+    swapped = manifest.samples.filter(written_by="policy", origin="replay")
+    for uid in swapped["uid"]:
+        origins = manifest.completions.filter(prompt_uid=uid)["origin"].to_list()
+        assert sorted(origins) == ["gold"] + 4 * ["human"] + 2 * ["policy"]
+    # rollouts.origins says current, but replayed prompts must be answered to be replaced
+    assert set(manifest.completions.filter(origin="policy")["task"]) == {"ranked", "facts"}
+    assert set(manifest.augmentations["parent_uid"]) <= set(manifest.samples["uid"])
+
+
+# --- selectors that go by the loss ---
+
+
+@pytest.fixture(scope="module")
+def every_row(folder):
+    """All rows of the older tasks, in samples."""
+    return build(settings(folder, "every-row", replay={"budget": 21})).samples.filter(origin="replay")
+
+
+@pytest.fixture(scope="module")
+def noisy(folder):
+    """A second model: the starter with a little seeded noise in every weight."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(STARTER, dtype=torch.float32)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=draws) * weight.std() * 0.05)
+    model.save_pretrained(folder / "noisy")
+    AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder / "noisy")
+    return folder / "noisy"
+
+
+def losses_of(rows, model):
+    """uid -> mean −log π a token, one row at a time."""
+    scorer = LocalModel(ModelConfig(model=str(model), batch_size=1))
+    scored = scorer.score([(Prompt(r["uid"], r["prompt"]), r["completion"]) for r in rows.iter_rows(named=True)])
+    return {uid: -sum(c.token_logps) / len(c.token_logps) for uid, c in zip(rows["uid"], scored, strict=True)}
+
+
+def most(rows, score, task, n):
+    mine = [uid for uid in rows.filter(task=task)["uid"]]
+    return set(sorted(mine, key=lambda uid: -score[uid])[:n])
+
+
+def test_highest_loss(folder, every_row):
+    wanted = settings(folder, "highest", replay={"selector": "highest_loss", "budget": 8})
+    manifest = build(wanted)
+    assert check(manifest.folder) == []
+    loss = losses_of(every_row, STARTER)
+    for name in ("poem", "tense"):
+        drawn = manifest.samples.filter(origin="replay", task=name)
+        assert set(drawn["uid"]) == most(every_row, loss, name, 4)
+    replayed = manifest.samples.filter(origin="replay")
+    assert dict(replayed.select("uid", "loss").iter_rows()) == pytest.approx(
+        {u: loss[u] for u in replayed["uid"]}, abs=1e-4
+    )
+    assert replayed["reference_loss"].is_null().all()
+    assert manifest.samples.filter(origin="current")["loss"].is_null().all()
+    left = manifest.drops
+    assert dict(left.select("uid", "score").iter_rows()) == pytest.approx({u: loss[u] for u in left["uid"]}, abs=1e-4)
+    assert "Loss: " in explain(manifest, replayed["uid"][0])
+    path = as_file(wanted, folder / "highest.yaml")
+    done = curate("build", path, "--dry-run", "--json")
+    steps = {step["stage"]: step for step in json.loads(done.stdout)["plan"]}
+    assert steps["losses"]["size"] == "21 rows × 1 models"
+    assert steps["sample"]["cached"] == 1
+
+
+def test_perplexity_ratio(folder, every_row, noisy):
+    replay = {"selector": "perplexity_ratio", "budget": 8}
+    manifest = build(
+        settings(folder, "ratio", replay=replay, policy={"model": "noisy"}, reference={"model": "starter"})
+    )
+    assert check(manifest.folder) == []
+    loss, reference = losses_of(every_row, noisy), losses_of(every_row, STARTER)
+    ratio = {uid: math.exp(loss[uid] - reference[uid]) for uid in loss}
+    mean = {}
+    for name in ("poem", "tense"):
+        values = [ratio[uid] for uid in every_row.filter(task=name)["uid"]]
+        mean[name] = sum(values) / len(values)
+    tasks = {row["task"]: row for row in manifest.tasks.iter_rows(named=True)}
+    for name in mean:
+        assert tasks[name]["share"] == pytest.approx(8 * mean[name] / sum(mean.values()), abs=1e-3)
+        drawn = manifest.samples.filter(origin="replay", task=name)
+        assert set(drawn["uid"]) == most(every_row, ratio, name, tasks[name]["granted"])
+    replayed = manifest.samples.filter(origin="replay")
+    both = {u: (a, b) for u, a, b in replayed.select("uid", "loss", "reference_loss").iter_rows()}
+    assert all(both[u] == pytest.approx((loss[u], reference[u]), abs=1e-4) for u in both)
+    scores = dict(manifest.drops.select("uid", "score").iter_rows())
+    assert scores == pytest.approx({u: ratio[u] for u in scores}, rel=1e-3)
+    assert manifest.provenance["models"].keys() == {"policy", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"policy": None, "replay": {"selector": "highest_loss"}}, "`replay.selector: highest_loss` needs `policy"),
+        ({"replay": {"selector": "perplexity_ratio"}}, "needs `reference"),
+        ({"policy": None, "rollouts": {}}, "`rollouts` needs `policy"),
+        ({"policy": None, "augment": {}}, "`augment` needs `policy"),
+        ({"replay": {"completions": "policy"}}, "needs `rollouts`"),
+        ({"replay": {"min_reward": 0.5}}, "belong to `replay.completions: policy`"),
+        ({"candidates": {"similarity": True}}, "needs `rollouts`"),
+        ({"rollouts": {"temperature": 0}}, "temperature 0 writes the same completion 4 times"),
+        ({"policy": {"model": "nowhere"}, "rollouts": {}}, "policy.model 'nowhere'"),
+        ({"policy": {"model": "poem.jsonl"}, "rollouts": {}}, "policy.model 'poem.jsonl'"),
+        ({"policy": None, "tags": {"tagger": "llm"}, "replay": {"selector": "inscl"}}, "without `tags.model`"),
+    ],
+)
+def test_what_a_stage_needs_is_said_before_anything_is_read(folder, sections, words):
+    with pytest.raises(InputError) as caught:
+        build(settings(folder, "refused", **sections))
+    assert words in str(caught.value)
+    assert not (folder / "refused").exists()
+
+
+# --- ranked sets ---
+
+
+def test_answers_that_people_ranked(folder):
+    tasks = [task("ranked", **RANKED), task("pairs", format="preference"), task("facts", **FACTS)]
+    manifest = build(settings(folder, "ranked", tasks=tasks, replay={"budget": 10}))
+    assert check(manifest.folder) == []
+    assert set(manifest.completions["bucket"]) == {None}
+    human, pairs = (manifest.completions.filter(task=name) for name in ("ranked", "pairs"))
+    assert (set(human["origin"]), set(pairs["origin"])) == ({"human"}, {"annotated"})
+    source = real("ranked/qa_feedback", 10)[5:]
+    assert any(len({c["rank"] for c in row["candidates"]}) < 4 for row in source), "no ties, the rows show nothing"
+    asked = dict(manifest.samples.select("uid", pl.col("prompt").list.last().struct.field("content")).iter_rows())
+    for row in source:
+        uid = next(u for u, text in asked.items() if text == row["question"])
+        mine = {t: (r, s) for t, r, s in human.filter(prompt_uid=uid).select("text", "rank", "reward").iter_rows()}
+        assert mine == {c["text"]: (c["rank"], c["score"]) for c in row["candidates"]}
+    assert pairs.group_by("prompt_uid").agg(pl.col("rank").sort())["rank"].to_list() == [[1, 2]] * 5
+    assert set(human["reward_id"]) == {"source score"} and set(pairs["reward_id"]) == {None}
+    # measured under the policy: what the model itself says, one answer at a time
+    scorer = LocalModel(ModelConfig(model=str(STARTER), batch_size=1))
+    prompts = {uid: Prompt(uid, prompt) for uid, prompt in manifest.samples.select("uid", "prompt").iter_rows()}
+    rows = manifest.completions.sort("uid").gather_every(3).to_dicts()
+    found = scorer.score([(prompts[r["prompt_uid"]], [{"role": "assistant", "content": r["text"]}]) for r in rows])
+    for row, completion in zip(rows, found, strict=True):
+        assert (row["token_ids"], row["n_tokens"]) == (completion.token_ids, completion.n_tokens)
+        assert row["token_logps"] == pytest.approx(completion.token_logps, abs=1e-4)
+        assert (row["policy"], row["tokenizer"]) == (scorer.fingerprint, scorer.tokenizer_fingerprint)
+        assert row["temperature"] is row["finished"] is row["batch"] is None
+    assert manifest.provenance["scored"] == {"answers": 30, "too_long": 0}
+
+
+def test_ranks_follow_rewards_and_share_ties(small):
+    rolled = small.completions.filter(origin="policy")
+    ties = 0
+    for uid in rolled["prompt_uid"].unique():
+        rewards = rolled.filter(prompt_uid=uid)["reward"].to_list()
+        expected = [1 + sum(other > mine for other in rewards) for mine in rewards]
+        assert rolled.filter(prompt_uid=uid)["rank"].to_list() == expected
+        ties += len(set(expected)) < 3
+    assert ties, "the rows show nothing"
+
+
+def test_equal_rewards_everywhere(folder, small):
+    manifest = build(settings(folder, "equal", rollouts=judged_by("all_the_same"), buckets={"population": "all"}))
+    assert check(manifest.folder) == []
+    assert set(manifest.completions["rank"]) == {1}
+    assert set(manifest.completions["bucket"]) == {"normal"}
+    assert manifest.provenance["buckets"]["statistics"]["all"]["reward_std"] == 0  # 42 × 0.1, to the last bit
+
+
+def test_rewards_that_are_no_numbers(folder, small):
+    wanted = settings(folder, "unknown", rollouts=judged_by("nobody_knows"))
+    done = curate("build", as_file(wanted, folder / "unknown.yaml"))
+    assert done.returncode == 0, done.stderr
+    manifest = read(folder / "unknown")
+    unknown = manifest.completions.filter(pl.col("reward").is_null())
+    assert 0 < unknown.height < 42
+    assert f"{unknown.height} rewards are not a number" in done.stderr
+    assert unknown["rank"].is_null().all()
+    assert set(unknown["bucket"]) == {"normal"}
+    assert set(unknown["reward_id"]) == set(manifest.completions["reward_id"])
+    assert manifest.provenance["rollouts"]["no_reward"] == unknown.height
+    assert check(manifest.folder) == []
+    assert f"{unknown.height} rewards are not a number" in (manifest.folder / "README.md").read_text()
+
+
+def test_a_reward_model_with_three_labels_is_refused(folder, small):
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    head = LlamaConfig(vocab_size=6144, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    for labels in (3, 1):
+        head.num_labels = labels
+        LlamaForSequenceClassification(head).save_pretrained(folder / f"labels-{labels}")
+        AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder / f"labels-{labels}")
+    reward = {"kind": "model", "model": "labels-3"}
+    refused = as_file(settings(folder, "labels", rollouts={**ROLLOUTS, "reward": reward}), folder / "labels.yaml")
+    fails(curate("build", refused), "3 labels", "num_labels=1")
+    assert not (folder / "labels").exists()
+    one = build(settings(folder, "labels", rollouts={**ROLLOUTS, "reward": {**reward, "model": "labels-1"}}))
+    assert check(one.folder) == []
+    assert one.completions["reward"].n_unique() > 10
+
+
+def test_one_rollout_a_prompt(folder):
+    rollouts = {"k": 1, "temperature": 0, "per_task": 2, "max_new_tokens": 4}
+    manifest = build(settings(folder, "one", rollouts=rollouts))
+    assert check(manifest.folder) == []
+    assert manifest.tasks["rollouts"].to_list() == [2, 2, 2]
+    assert set(manifest.completions["rank"]) == {1}
+    assert set(manifest.completions["temperature"]) == {0.0}
+
+
+# --- align and conflict ---
+
+
+def test_sides_follow_the_threshold(folder, compared):
+    rolled = compared.completions.filter(origin="policy")
+    target = dict(compared.samples.select("uid", pl.col("references").list.first()).iter_rows())
+    embedder = open_embedder(EmbedConfig.model_validate({}))
+    texts = sorted({*rolled["text"], *target.values()})
+    vector = dict(zip(texts, embedder.encode(texts), strict=True))
+    for row in rolled.iter_rows(named=True):
+        if not row["text"].strip():
+            assert row["similarity"] is row["side"] is None
+            continue
+        cosine = float(vector[row["text"]] @ vector[target[row["prompt_uid"]]])
+        assert row["similarity"] == pytest.approx(cosine, abs=1e-5)
+        assert row["side"] == ("align" if row["similarity"] >= 0.2 else "conflict")
+    assert {"align", "conflict"} <= set(rolled["side"])
+
+
+def test_another_threshold_moves_sides_and_embeds_nothing(folder, compared, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a text was embedded again")
+
+    monkeypatch.setattr("curate.models.embedder.SentenceModel.encode", refuse)
+    similarities = compared.completions["similarity"].drop_nulls().sort()
+    threshold = similarities[len(similarities) // 2]  # one that is there: ≥ is align
+    candidates = {"similarity": True, "threshold": threshold}
+    manifest = build(settings(folder, "threshold", rollouts=ROLLOUTS, candidates=candidates))
+    assert check(manifest.folder) == []
+    moved = manifest.completions.filter(pl.col("similarity") == threshold)
+    assert moved.height and set(moved["side"]) == {"align"}
+    assert (manifest.completions["side"] == "align").sum() == (similarities >= threshold).sum()
+
+
+# --- models behind a server ---

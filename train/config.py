@@ -1,0 +1,165 @@
+"""The settings of a training run: our own keys here, and every key of transformers' TrainingArguments by its own name.
+
+`train cft --config run.yaml data=runs/superni learning_rate=1e-5`: a key that is not ours goes to TrainingArguments
+(learning_rate, per_device_train_batch_size, num_train_epochs, report_to, deepspeed, fsdp, …), so that nothing has two
+names. LoRA's keys are those of peft.LoraConfig.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from curate.errors import InputError
+from curate.settings import Section, checked, override, read_yaml
+
+
+class KlConfig(Section):
+    """KL(π_θ ‖ π_ref) per token of the answers."""
+
+    weight: float = Field(ge=0, allow_inf_nan=False, description="λ; 0 = off")
+    reference: str | None = Field(None, description="folder or hub name of π_ref; by default the model before training")
+
+
+class EwcConfig(Section):
+    """Elastic weight consolidation: ½ λ Σ F (θ − θ*)², summed over the given Fisher folders."""
+
+    weight: float = Field(ge=0, allow_inf_nan=False, description="λ; 0 = off")
+    fisher: list[str] = Field(min_length=1, description="folders that `train fisher` wrote, one an older task")
+
+
+class OLoraConfig(Section):
+    """O-LoRA: a new adapter orthogonal to the frozen ones of older tasks."""
+
+    weight: float = Field(0.5, ge=0, allow_inf_nan=False, description="λ₁ of Σ |A_old A_newᵀ|")
+    previous: list[str] = Field(min_length=1, description="adapter folders of older tasks, in the order of training")
+
+
+class RunConfig(Section):
+    """A run, whatever its method."""
+
+    model: str | None = Field(None, description="folder or hub name of a causal language model, safetensors only")
+    init: str | None = Field(None, description="instead of model: a config.json that random weights are made from")
+    tokenizer: str | None = Field(None, description="folder or hub name; by default the model's")
+    data: list[str] = Field(min_length=1, description="manifest folder, or several")
+    eval_data: list[str] = Field(default_factory=list, description="manifests whose samples are only evaluated")
+    out: str = Field(description="run folder: checkpoints, the final model, what was seen")
+    max_length: int | None = Field(None, gt=1, description="longest sample in tokens; by default the model's context")
+    too_long: Literal["error", "truncate", "drop"] = Field("error", description="what becomes of a longer sample")
+    mixture: dict[str, float] | None = Field(
+        None, description="exact shares by origin or task: {current: 0.8, replay: 0.2}; null = every row once an epoch"
+    )
+    packing: bool = Field(False, description="samples end to end without padding, none of them split")
+    pack_length: int | None = Field(None, gt=1, description="tokens of a pack; by default max_length")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on a GPU, float32 elsewhere"
+    )
+    attention: str | None = Field(None, description="transformers' attn_implementation: sdpa, flash_attention_2, …")
+    lora: dict[str, Any] | None = Field(None, description="keys of peft.LoraConfig: {r: 16, use_dora: true}")
+    merge: bool = Field(False, description="beside the adapter, write the model with it merged")
+    resume: bool = Field(True, description="go on from the newest whole checkpoint of `out`")
+    base: str = Field(".", exclude=True, description="folder that paths are relative to; set by load()")
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("lora")
+    @classmethod
+    def _known_to_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            from peft import LoraConfig
+
+            known = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+            if wrong := sorted(value.keys() - known):
+                raise ValueError(f"unknown key {wrong[0]!r} of peft.LoraConfig")
+        return value
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RunConfig:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give `model` (weights to start from) or `init` (a config.json for random weights)")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("`init` needs `tokenizer`")
+        if self.pack_length is not None and not self.packing:
+            raise ValueError("`pack_length` belongs to `packing: true`")
+        return self
+
+    def path(self, name: str) -> Path:
+        """A path of the settings: relative to the file where it is there, else to the working directory."""
+        beside = Path(self.base) / name
+        return beside if beside.exists() else Path(name)
+
+
+class CftConfig(RunConfig):
+    """Continual fine-tuning: weighted NLL, and what holds the old tasks."""
+
+    kl: KlConfig | None = Field(None, description="stay near a reference")
+    ewc: EwcConfig | None = Field(None, description="hold the weights that older tasks needed")
+    o_lora: OLoraConfig | None = Field(None, description="an adapter orthogonal to older ones; needs `lora`")
+
+    @model_validator(mode="after")
+    def _adapter(self) -> CftConfig:
+        if self.o_lora is not None and self.lora is None:
+            raise ValueError("`o_lora` needs `lora`: {r: 8}")
+        if self.o_lora is not None and self.lora is not None and self.lora.get("use_dora"):
+            raise ValueError("`o_lora` with `use_dora`: DoRA's magnitude makes several adapters on one layer undefined")
+        return self
+
+
+class CptConfig(RunConfig):
+    """Continued pre-training: the loss is on all tokens."""
+
+
+OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "average_tokens_across_devices", "bf16",
+       "label_names", "resume_from_checkpoint", "ignore_data_skip", "dataloader_drop_last",
+       "group_by_length")  # fmt: skip
+"""Keys of TrainingArguments that this trainer sets itself."""
+
+
+def load(
+    model: type[RunConfig], path: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, Any]]:
+    """(our settings, keys for TrainingArguments) of a YAML file and `key=value` words.
+
+    Raises:
+        InputError: a key that neither we nor TrainingArguments know, or a value that does not fit.
+    """
+    data = read_yaml(path) if path is not None else {}
+    for word in overrides:
+        override(data, word)
+    where = str(path) if path is not None else "command line"
+    base = str(Path(path).parent) if path is not None else "."
+    ours, theirs = _split(model, data)
+    return checked(model, {**ours, "base": base}, where), theirs
+
+
+def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(OWN)
+    if wrong := next((key for key in data if key in OWN), None):
+        raise InputError(f"{wrong}: this trainer sets it itself", remedy="leave it out; see `train cft --help`")
+    theirs = {key: _number(value) for key, value in data.items() if key in known and key not in model.model_fields}
+    return {key: value for key, value in data.items() if key not in theirs}, theirs
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-5 as a text; TrainingArguments wants a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def dump(config: RunConfig, theirs: Mapping[str, Any]) -> str:
+    """The resolved settings as YAML."""
+    return yaml.safe_dump({**config.model_dump(), **theirs}, sort_keys=True, allow_unicode=True)

@@ -1,0 +1,505 @@
+"""What a causal language model thinks of given tokens, without ever holding [tokens, vocabulary] in float32.
+
+Owns: log-probabilities, entropy and KL of single tokens, for any causal LM of transformers (PEFT, DDP, FSDP2 around it
+or not), and their sums over samples. Must not know: losses, methods, where the tokens come from.
+
+How: the wrapped model is called as always, so that every hook of every wrapper fires; only its head is replaced, for
+that call, by one that takes the positions before targets a chunk at a time, computes what is wanted of their logits and
+forgets them. The backward pass computes each chunk again. What a model does to its logits behind the head (a scale, a
+cap, a bias) is never guessed from its config: its own forward is run on each chunk, with the decoder's answer repeated.
+(Compile the decoder's layers, not the whole model: a head that is new in every call would be compiled in every call.)
+
+Packed rows (several samples in one row) are kept apart by transformers where `position_ids` start anew with each
+sample, `attention_mask` is absent, and no cache is made. The first two are asked of the caller and checked, the third
+is seen to here. Not every architecture obeys: `keeps_samples_apart(model)` finds out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+CHUNK = 256  # tokens whose logits live at once: 256 · 150,000 · 4 bytes = 154 MB, held about four times over
+
+Measure = Literal["logps", "entropy", "kl"]
+Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
+ToLogits = Callable[[Tensor], Tensor]  # [n, d] -> [n, v], as the model's own forward would make them
+Call = Callable[..., Any]
+
+
+def token_logps(
+    model: nn.Module, batch: Mapping[str, Tensor], *, temperature: float = 1.0, chunk: int = CHUNK
+) -> Tensor:
+    """Log π(token | all before it in its sample) at targets, 0 elsewhere.   [b, t], nats, with gradient.
+
+    For `batch` and errors see `token_values`.
+    """
+    return token_values(model, batch, ("logps",), temperature=temperature, chunk=chunk)["logps"]
+
+
+def token_entropy(
+    model: nn.Module, batch: Mapping[str, Tensor], *, temperature: float = 1.0, chunk: int = CHUNK
+) -> Tensor:
+    """H = -Σ_v π(v) log π(v) of the distribution that each target was drawn from, 0 elsewhere.   [b, t], nats."""
+    return token_values(model, batch, ("entropy",), temperature=temperature, chunk=chunk)["entropy"]
+
+
+def token_kl(
+    model: nn.Module,
+    reference: Reference,
+    batch: Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """KL(π_θ ‖ π_ref) = Σ_v π_θ(v) log(π_θ(v)/π_ref(v)) over the whole vocabulary, exact.   [b, t], nats, ≥ 0.
+
+    At targets, 0 elsewhere. Gradient through π_θ only. For `reference`, `batch` and errors see `token_values`.
+    """
+    return token_values(model, batch, ("kl",), reference=reference, temperature=temperature, chunk=chunk)["kl"]
+
+
+def token_values(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    of: Sequence[Measure],
+    *,
+    reference: Reference | None = None,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> dict[Measure, Tensor]:
+    """Several measures of the same tokens, for the price of one forward pass of the model.
+
+    Args:
+        model: a causal LM of transformers, or anything around one that is called like it.
+        batch: `input_ids` [b, t]; `loss_mask` [b, t] bool, True where the token is a target: it is predicted from the
+            position before it, so a sample's first token never is one; optionally `attention_mask` ([b, t], or 4-D as
+            the attention implementation wants it) and `position_ids` [b, t]. Where positions are missing and padding
+            is on the left they are counted along the mask, so that padding changes nothing, on either side. For packed
+            rows give `position_ids` that start anew and no `attention_mask`. Other keys are ignored.
+        of: which measures: "logps", "entropy", "kl".
+        reference: π_ref of "kl": another model, or a callable that returns a context in which `model` itself is the
+            reference, such as `AdapterOff(model)`. Its dropout is the caller's to switch off. If it is sharded by
+            FSDP2, its root must not be resharded after forward (torch's default).
+        temperature: logits are divided by it, those of the reference too.
+        chunk: tokens whose logits are held at once.
+
+    Returns:
+        A [b, t] tensor for each measure, 0 where there is no target; float32 (float64 for a float64 model). With no
+        target at all everything is 0, with a graph, so that distributed training does not hang.
+
+    Raises:
+        ValueError: a target that nothing precedes; packed rows with a 2-D mask; temperature or chunk ≤ 0; "kl" without
+            a reference; a model without an output head.
+    """
+    _check(batch, of, reference, temperature, chunk)
+    target = batch["loss_mask"][:, 1:]
+    tokens = batch["input_ids"][:, 1:][target]  # [n]
+    to_reference = _reference_logits(model, reference, batch, target) if reference is not None and "kl" in of else None
+
+    def work(to_logits: ToLogits, hidden: Tensor) -> Tensor:
+        def values(at: slice, rows: Tensor) -> Tensor:
+            other = None if to_reference is None else to_reference(at)
+            return _values(to_logits(rows), other, tokens[at], of, temperature)
+
+        return _by_chunks(values, _before(target, hidden), chunk)
+
+    found = _with_head(model, batch, work)  # [n, len(of)]
+    columns = zip(of, found.unbind(-1), strict=True)
+    mask = batch["loss_mask"]
+    return {name: column.new_zeros(mask.shape).masked_scatter(mask, column) for name, column in columns}
+
+
+def sequence_logps(
+    logps: Tensor, mask: Tensor, segment: Tensor, n: int, *, reduction: Literal["sum", "mean"] = "sum"
+) -> Tensor:
+    """Σ or mean of log π over the masked tokens of each sample.   [b, t] three times -> [n], nats.
+
+    `segment` [b, t] holds the sample's number 0 … n-1 (-1 = no sample), so samples may share rows or span them. A
+    sample without a masked token gets 0.
+
+    >>> sequence_logps(torch.tensor([[0.0, -1.0, -2.0, -4.0]]), torch.tensor([[False, True, True, True]]),
+    ...                torch.tensor([[0, 0, 0, 1]]), 2).tolist()
+    [-3.0, -4.0]
+
+    Raises:
+        ValueError: unlike shapes, or another reduction.
+    """
+    if not logps.shape == mask.shape == segment.shape or reduction not in ("sum", "mean"):
+        raise ValueError(
+            f"need three tensors of one shape, not {[*map(tuple, (logps.shape, mask.shape, segment.shape))]}, "
+            f"and reduction sum or mean, not {reduction!r}"
+        )
+    counted = mask & (segment >= 0)
+    index, values = segment[counted], logps[counted]
+    sums = logps.new_zeros(n).index_add(0, index, values)
+    if reduction == "sum":
+        return sums
+    return sums / logps.new_zeros(n).index_add(0, index, torch.ones_like(values)).clamp_min(1)
+
+
+class AdapterOff:
+    """A reference for `token_kl`: the same PEFT model as if the named adapters (default: all) were not there.
+
+    For O-LoRA, name the new adapter only: then the reference is the base with the adapters of the older tasks.
+    Preferred to PEFT's `disable_adapter`, which makes frozen adapters trainable when it ends, and takes 0.1 s a call on
+    224 layers (measured, 0.21).
+
+    Raises:
+        ValueError: the model has no such adapter, or it is merged into the weights.
+    """
+
+    def __init__(self, model: nn.Module, *adapters: str) -> None:
+        self._adapters = adapters
+        self._layers: list[Any] = [m for m in model.modules() if hasattr(m, "_active_adapter")]
+        active = {name for layer in self._layers for name in layer.active_adapters}
+        if not active or not active.issuperset(adapters):
+            raise ValueError(
+                f"no active adapter {', '.join(adapters) or 'at all'} in the model; it has {sorted(active)}"
+            )
+        if any(getattr(layer, "merged", False) for layer in self._layers):
+            raise ValueError("the adapter is merged into the weights: call unmerge_adapter() first")
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, the adapters are off."""
+        off = {
+            layer: [a for a in layer.active_adapters if self._adapters and a not in self._adapters]
+            for layer in self._layers
+        }
+        with ExitStack() as stack:
+            for layer, rest in off.items():
+                stack.enter_context(_attribute(layer, "_active_adapter", rest))
+            yield
+
+
+@torch.no_grad()
+def keeps_samples_apart(model: nn.Module) -> bool:
+    """Whether this model, as it is configured, keeps the samples of a packed row apart: four tiny forward passes.
+
+    Recurrent models carry their state over, and some architectures know no packing. Dropout must be off.
+    """
+    device = next(model.parameters()).device
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 5, 6, 7, 8]], device=device)  # another first sample
+    mask = torch.tensor([[False] * 5 + [True] * 3], device=device)
+
+    def changes(positions: Tensor) -> float:
+        batch = {"position_ids": positions[None], "loss_mask": mask}
+        one, other = (token_logps(model, {"input_ids": row[None], **batch}) for row in rows)
+        return (one - other).abs().max().item()
+
+    packed, joined = changes(torch.arange(4, device=device).repeat(2)), changes(torch.arange(8, device=device))
+    return packed < 0.01 * joined  # not 0: mixtures of experts compute other groups of tokens, and round differently
+
+
+# ---- the head of the model, replaced for one call -------------------------------------------------------------------
+
+
+def _with_head(model: nn.Module, batch: Mapping[str, Tensor], work: Callable[[ToLogits, Tensor], Tensor]) -> Tensor:
+    """One call of the model, in which `work(to_logits, hidden [b, t, d])` takes the place of its head's forward.
+
+    What it returns travels out through the model and all its wrappers, as logits do: DDP and FSDP2 hang their hooks on
+    the tensors that they see.
+    """
+    causal = _causal(model)
+    head = causal.get_output_embeddings()
+    plain_forward, plain_head = causal.forward, head.forward
+    found: list[Tensor] = []
+
+    def forward(*args: Any, **kwargs: Any) -> CausalLMOutput:
+        said: dict[nn.Module, Any] = {}  # by each part of the model
+        answers: dict[nn.Module, Call] = {}  # the same, of the parts that were asked before the head
+
+        def to_logits(rows: Tensor) -> Tensor:
+            """The model's own forward, but every part says what it said, and the head speaks of these rows."""
+            with _calls(answers | {head: _constant(plain_head(rows[None]))}):
+                return plain_forward(*args, **kwargs).logits[0]
+
+        def call(hidden: Tensor) -> Tensor:
+            answers.update({part: _constant(output) for part, output in said.items()})
+            found.append(head._call_impl(hidden))  # with its hooks: FSDP2 may gather the head's weights in them
+            return hidden.new_zeros(1, 1, 1)  # for the rest of the forward, whose result nobody reads
+
+        ours = _recorders(causal, head, said) | {head: call}
+        with _attribute(head, "forward", partial(work, to_logits)), _calls(ours):
+            plain_forward(*args, **kwargs)
+        return CausalLMOutput(logits=found[-1])
+
+    with _attribute(causal, "forward", forward):
+        out = model(**_inputs(plain_forward, batch)).logits
+    exact = found[-1]
+    if out.dtype == exact.dtype:
+        return out
+    # A wrapper has rounded it (accelerate's FSDP2 casts outputs): the value from here, the gradient through there.
+    return exact.detach() + (out - out.detach()).to(exact.dtype)
+
+
+def _causal(model: nn.Module) -> PreTrainedModel:
+    for module in model.modules():  # the outermost first
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return module
+    raise ValueError(f"{type(model).__name__} holds no causal language model of transformers with an output head")
+
+
+def _recorders(causal: PreTrainedModel, head: nn.Module, said: dict[nn.Module, Any]) -> dict[nn.Module, Call]:
+    """For the parts of the model beside the head: a call that keeps in `said` what the part returned."""
+
+    def recorder(part: nn.Module) -> Call:
+        plain = part._compiled_call_impl or part._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            said[part] = plain(*args, **kwargs)
+            return said[part]
+
+        return call
+
+    parts = {*causal.children(), causal.base_model, causal.get_decoder()} - {causal}
+    return {part: recorder(part) for part in parts if head not in part.modules()}
+
+
+def _constant(output: Any) -> Call:
+    return lambda *_, **__: output
+
+
+@contextmanager
+def _attribute(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the instance, for a while; what was there (accelerate leaves its own forward) comes back."""
+    had, before = name in owner.__dict__, owner.__dict__.get(name)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            owner.__dict__[name] = before
+        else:
+            del owner.__dict__[name]
+
+
+@contextmanager
+def _calls(instead: Mapping[nn.Module, Call]) -> Iterator[None]:
+    """Modules that are called differently for a while, past their hooks; by the door that Module.compile() uses."""
+    with ExitStack() as stack:
+        for module, call in instead.items():
+            stack.enter_context(_attribute(module, "_compiled_call_impl", call))
+        yield
+
+
+def _inputs(plain_forward: Call, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the model is called with: the batch, positions counted along a mask, and no cache."""
+    accepted = inspect.signature(plain_forward).parameters
+    given: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    mask = given.get("attention_mask")
+    uncounted = given.get("position_ids") is None and "position_ids" in accepted
+    if uncounted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
+        given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        given["use_cache"] = False  # not for speed alone: with a cache transformers takes a packed row for one sample
+    return given
+
+
+def _before(target: Tensor, hidden: Tensor) -> Tensor:
+    """Hidden states at the positions before targets.   target [b, t-1], hidden [b, t, d] -> [n, d].
+
+    Counted from the end, for prompt tuning puts positions of its own in front.
+    """
+    return hidden[:, -target.shape[1] - 1 : -1][target]
+
+
+@torch.no_grad()
+def _reference_logits(
+    model: nn.Module, reference: Reference, batch: Mapping[str, Tensor], target: Tensor
+) -> Callable[[slice], Tensor]:
+    """Runs the decoder of the reference once; what comes back makes the logits of some of the targets, [n, v]."""
+    other, inside = (reference, nullcontext) if isinstance(reference, nn.Module) else (model, reference)
+    kept: list[tuple[ToLogits, Tensor]] = []
+
+    def work(to_logits: ToLogits, hidden: Tensor) -> Tensor:
+        kept.append((to_logits, _before(target, hidden)))
+        return hidden.new_zeros(())
+
+    with inside():
+        _with_head(other, batch, work)
+    torch.clear_autocast_cache()  # older torch would hand weights that were cast without a graph to the policy
+    to_logits, rows = kept[-1]
+
+    def logits(at: slice) -> Tensor:
+        with torch.no_grad(), inside():
+            return to_logits(rows[at])
+
+    return logits
+
+
+# ---- a chunk at a time ----------------------------------------------------------------------------------------------
+
+
+def _by_chunks(values: Callable[[slice, Tensor], Tensor], rows: Tensor, chunk: int) -> Tensor:
+    """values(at, rows[at]) -> [n_at, k] for chunks of the rows [n, d], one behind the other: [n, k], differentiable."""
+    now, leaves = _Now(rows), list[Tensor]()
+    if torch.is_grad_enabled():  # one row tells which parameters take part: head, its LoRA, tied embeddings, a scale …
+        with now.again():
+            leaves = list(_leaves(values(slice(0, 1), rows[:1].detach())))
+    return _Chunked.apply(values, chunk, now, rows, *leaves)
+
+
+def _leaves(output: Tensor) -> Iterator[Tensor]:
+    """The trainable leaves that a tensor was computed from."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [following for following, _ in node.next_functions]
+
+
+class _Chunked(torch.autograd.Function):
+    """Like torch.utils.checkpoint on each chunk, but gradients of parameters add up over chunks in float32.
+
+    The leaves are arguments only so that autograd, and with it DDP and FSDP2, sees that they take part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Callable[[slice, Tensor], Tensor], chunk: int, now: _Now, rows: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        ctx.values, ctx.chunk, ctx.then = values, chunk, now
+        ctx.save_for_backward(rows, *leaves)
+        return torch.cat([values(at, rows[at]) for at in _slices(len(rows), chunk)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *leaves = ctx.saved_tensors
+        sums: list[Tensor | None] = [None] * len(leaves)
+        of_rows = torch.zeros_like(rows)
+        with ctx.then.again(), torch.enable_grad():
+            for at in _slices(len(rows), ctx.chunk):
+                piece = rows[at].detach().requires_grad_()
+                found = torch.autograd.grad(
+                    ctx.values(at, piece), [piece, *leaves], gradients[0][at], allow_unused=True
+                )
+                of_rows[at] = found[0]
+                sums = [_add(total, more) for total, more in zip(sums, found[1:], strict=True)]
+        given = [None if s is None else s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True)]
+        return None, None, None, of_rows, *given
+
+
+def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if more is None:
+        return total
+    if total is None:
+        return more.to(torch.promote_types(more.dtype, torch.float32))
+    return total.add_(more)
+
+
+def _slices(n: int, chunk: int) -> list[slice]:
+    """At least one, for without any target the graph must still lead to every parameter."""
+    return [slice(i, min(i + chunk, n)) for i in range(0, max(n, 1), chunk)]
+
+
+class _Now:
+    """Autocast and random numbers as they are now, for another time (LoRA on the head may have dropout)."""
+
+    def __init__(self, rows: Tensor) -> None:
+        kind = self._kind = rows.device.type
+        self._autocast: dict[str, Any] = {
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+        }
+        self._cpu, (self._devices, self._states) = torch.get_rng_state(), get_device_states(rows)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        forked = {} if self._kind == "cpu" else {"device_type": self._kind}
+        with torch.random.fork_rng(self._devices, **forked), torch.autocast(self._kind, **self._autocast):
+            torch.set_rng_state(self._cpu)
+            set_device_states(self._devices, self._states, device_type=self._kind)
+            yield
+
+
+# ---- one chunk ------------------------------------------------------------------------------------------------------
+
+
+def _values(
+    logits: Tensor, reference: Tensor | None, tokens: Tensor, of: Iterable[Measure], temperature: float
+) -> Tensor:
+    """The measures of some targets from their logits.   [n, v], [n, v] or None, [n] -> [n, len(of)]."""
+    logp = _log_softmax(logits, temperature)
+    logq = logp if reference is None else _log_softmax(reference, temperature)
+    return torch.stack([_MEASURES[name](logp, logq, tokens) for name in of], dim=-1)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide if temperature == 1 else wide / temperature, dim=-1)
+
+
+def _chosen(logp: Tensor, _: Tensor, tokens: Tensor) -> Tensor:
+    return logp.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _entropy(logp: Tensor, _: Tensor, __: Tensor) -> Tensor:
+    return -_expected(logp, logp)
+
+
+def _kl(logp: Tensor, logq: Tensor, _: Tensor) -> Tensor:
+    return _expected(logp, logp - logq)
+
+
+def _expected(logp: Tensor, of: Tensor) -> Tensor:
+    """Σ_v π(v) of(v); a token that the model excludes (logit -inf) adds 0, not 0 · ∞."""
+    p = logp.exp()
+    return (p * of.masked_fill(p == 0, 0)).sum(-1)
+
+
+_MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"logps": _chosen, "entropy": _entropy, "kl": _kl}
+
+
+# ---- what a batch must be -------------------------------------------------------------------------------------------
+
+
+def _check(
+    batch: Mapping[str, Tensor], of: Sequence[Measure], reference: Reference | None, temperature: float, chunk: int
+) -> None:
+    if not temperature > 0 or chunk < 1:
+        raise ValueError(f"temperature must be positive and chunk at least 1, not {temperature} and {chunk}")
+    if not of or not _MEASURES.keys() >= set(of) or len(set(of)) < len(of):
+        raise ValueError(f"measures are {', '.join(_MEASURES)}, each at most once, not {list(of)}")
+    if "kl" in of and reference is None:
+        raise ValueError("kl needs a reference: a model, or AdapterOff(model)")
+    ids, mask = batch["input_ids"], batch["loss_mask"]
+    if ids.dim() != 2 or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"input_ids must be [b, t] and loss_mask bool of the same shape, not {tuple(ids.shape)} and "
+            f"{mask.dtype} {tuple(mask.shape)}"
+        )
+    attention = batch.get("attention_mask")
+    if attention is None or attention.dim() == 2:  # a 4-D mask says itself what precedes what
+        _check_starts(mask, attention, batch.get("position_ids"))
+
+
+def _check_starts(mask: Tensor, attention: Tensor | None, positions: Tensor | None) -> None:
+    """No target may be the first token of its sample, and packing must be packing that transformers recognises."""
+    nothing = torch.zeros_like(mask)
+    nothing[:, :1] = True
+    if positions is not None:
+        nothing[:, 1:] |= positions[:, 1:] <= positions[:, :-1]
+    if attention is not None:
+        both = attention[:, 1:].bool() & attention[:, :-1].bool()
+        if bool((nothing[:, 1:] & both).any()):
+            raise ValueError("position_ids start anew inside a row: packed rows need attention_mask absent")
+        nothing[:, 1:] |= ~attention[:, :-1].bool()
+    wrong = (nothing & mask).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(f"loss_mask[{row}, {column}] is a target, but nothing in its sample precedes that token")

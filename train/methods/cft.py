@@ -1,0 +1,101 @@
+"""CFT: continual fine-tuning on current and replayed rows.
+
+    L = Σ_i w_i Σ_t −log π_θ(y_t | x, y_<t) / Σ_i w_i T_i  +  λ · mean_t KL(π_θ ‖ π_ref)
+        +  λ₁ Σ |A_old A_newᵀ|  +  ½ λ₂ Σ F (θ − θ*)²
+
+Each term beside the first is left out where its weight is 0, so that such a run is plain fine-tuning bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from train.logprobs import token_kl, token_logps
+from train.losses.cft import ewc_penalty, kl_penalty, orthogonality, weighted_nll
+from train.methods.base import Batch, token_weights
+
+
+@dataclass
+class Fisher:
+    """What an older task needs: the diagonal of its Fisher information, and the parameters that it had."""
+
+    fisher: dict[str, Tensor]
+    anchor: dict[str, Tensor]
+
+
+@dataclass
+class Cft:
+    """Weighted NLL with optional terms that hold the old tasks.
+
+    Attributes:
+        kl: λ.
+        reference: π_ref: a frozen model, or what `train.logprobs.token_kl` takes instead of one.
+        ewc: λ₂.
+        fishers: one an older task.
+        orthogonal: λ₁.
+        old_adapters: A matrices [r_old, d] of the frozen adapters, by the name of the new one's parameter.
+    """
+
+    kl: float = 0.0
+    reference: Any = None
+    ewc: float = 0.0
+    fishers: list[Fisher] = field(default_factory=list)
+    orthogonal: float = 0.0
+    old_adapters: dict[str, list[Tensor]] = field(default_factory=dict)
+    name: str = "cft"
+
+    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """NLL, and KL where it is on. `logps` [b, t] among what is logged is for the losses by origin and task."""
+        mask, weight = batch["loss_mask"], token_weights(batch)
+        logps = token_logps(model, batch)
+        loss = weighted_nll(logps, mask, weight, normaliser)
+        logged = {"logps": logps.detach(), "nll": loss.detach()}
+        if self.kl:
+            kl = kl_penalty(token_kl(model, self.reference, batch), mask, weight, normaliser)
+            loss, logged["kl"] = loss + self.kl * kl, kl.detach()
+        return loss, logged
+
+    def penalty(self, model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """EWC and orthogonality, where they are on."""
+        total, logged = None, dict[str, Tensor]()
+        if not (self.ewc and self.fishers) and not (self.orthogonal and self.old_adapters):
+            return None, logged
+        parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        if self.ewc:
+            for each in self.fishers:
+                names = [n for n in each.fisher if n in parameters]
+                part = ewc_penalty([parameters[n] for n in names], [each.anchor[n].to(parameters[n]) for n in names],
+                                   [each.fisher[n].to(parameters[n].device) for n in names])  # fmt: skip
+                logged["ewc"] = logged.get("ewc", 0.0) + part.detach()
+                total = self.ewc * part if total is None else total + self.ewc * part
+        if self.orthogonal and self.old_adapters:
+            pairs = [(old.to(parameters[n]), parameters[n]) for n, olds in self.old_adapters.items() for old in olds]
+            part = orthogonality([old for old, _ in pairs], [new for _, new in pairs])
+            logged["orthogonality"] = part.detach()
+            total = self.orthogonal * part if total is None else total + self.orthogonal * part
+        return total, logged
+
+    def after_step(self) -> None:
+        """Nothing moves with the steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: Fisher, anchors and old adapters are inputs of the run, and named in its settings."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take up."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what DDP, torch.compile and checkpointing put before it.
+
+    >>> plain_name("module._orig_mod.model.norm.weight")
+    'model.norm.weight'
+    """
+    for part in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name

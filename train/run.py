@@ -1,0 +1,221 @@
+"""A training run from its settings to its folder: data, model, method, trainer, what was seen, the final model.
+
+A run folder holds `run.json` (resolved settings, manifest hashes, git state, versions), `checkpoint-N/`, `model/` (the
+final weights or adapter, loadable by transformers, PEFT and vLLM), `log.jsonl`, and `too_long.parquet` where samples
+were cut or dropped. `run.json` is there before the first step, `model/` only when the run is through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curate.errors import InputError
+from curate.manifest.io import sha256_file
+from curate.manifest.schema import content_hash
+from train.config import CftConfig, CptConfig, RunConfig
+from train.data import Examples
+from train.methods import Cft, Cpt, Method
+from train.mixing import Mixture
+from train.models import open_model, open_tokenizer, read_fisher, with_adapter
+from train.packing import Collator, Items, Packing
+from train.screen import Progress
+from train.trainer import RehearseTrainer, checkpoints
+
+CONFIGS: dict[str, type[RunConfig]] = {"cft": CftConfig, "cpt": CptConfig}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
+MODEL = "model"
+
+
+def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = False) -> Path:
+    """Train by a method and return the folder of the final model.
+
+    Args:
+        name: cft or cpt.
+        config: our settings.
+        theirs: keys for transformers.TrainingArguments.
+        quiet: no progress line.
+
+    Raises:
+        InputError: something cannot be used; found before the first step wherever it can be.
+    """
+    out = Path(config.out)
+    arguments = _arguments(config, theirs)
+    tokenizer = open_tokenizer(config)
+    examples, items = _items(name, config, config.data, tokenizer, arguments)
+    evaluated = _evaluated(name, config, tokenizer, arguments)
+    model = open_model(config)
+    _check_context(model, examples, config)
+    model, method = _method(name, config, model)
+    facts = _facts(name, config, theirs, arguments)
+    identity = {"method": name, "settings": content_hash([facts["settings"], facts["training"], facts["data"]])}
+    if arguments.process_index == 0:
+        _claim(out, facts, config.resume)
+        examples.write_too_long(out)
+    trainer = RehearseTrainer(
+        method=method, examples=examples, identity=identity, model=model, args=arguments, train_dataset=items,
+        eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, quiet)],
+        data_collator=Collator(tokenizer.pad_token_id or 0, padding_free=items.packing is not None),
+    )  # fmt: skip
+    last = checkpoints(out)[-1] if config.resume and checkpoints(out) else None
+    if last is not None:
+        trainer.take_up(last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return _publish(trainer, out, config, tokenizer)
+
+
+# --- data ---
+
+
+def _items(name: str, config: RunConfig, folders: list[str], tokenizer: Any, arguments: Any) -> tuple[Examples, Items]:
+    examples = _examples(name, config, folders, tokenizer)
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = arguments.max_steps if arguments.max_steps > 0 else None
+    mixture = Mixture(examples, config.mixture, arguments.seed)
+    items = Items(examples, mixture, packing=_packing(name, config, examples), epochs=arguments.num_train_epochs,
+                  max_steps=steps, items_per_step=per_step)  # fmt: skip
+    arguments.num_train_epochs = 1  # the items hold the whole run
+    arguments.max_steps = len(items) // per_step
+    return examples, items
+
+
+def _examples(name: str, config: RunConfig, folders: list[str], tokenizer: Any) -> Examples:
+    paths = [config.path(folder) for folder in folders]
+    most = config.max_length if name != "cpt" else None
+    return Examples.read(paths, tokenizer, max_length=most, too_long=config.too_long,
+                         loss_on="all" if name == "cpt" else "answer")  # fmt: skip
+
+
+def _packing(name: str, config: RunConfig, examples: Examples) -> Packing | None:
+    if name != "cpt" and not config.packing:
+        return None
+    length = config.pack_length or config.max_length or int(examples.lengths.max())
+    return Packing(length, split=name == "cpt")
+
+
+def _evaluated(name: str, config: RunConfig, tokenizer: Any, arguments: Any) -> Any:
+    if not config.eval_data:
+        if arguments.eval_strategy != "no":
+            raise InputError("eval_strategy asks for evaluation, but there is no `eval_data`",
+                             remedy="name a manifest: eval_data=runs/held-out")  # fmt: skip
+        return None
+    examples = _examples(name, config, config.eval_data, tokenizer)
+    return Items(examples, Mixture(examples, None, arguments.seed), packing=_packing(name, config, examples))
+
+
+def _check_context(model: Any, examples: Examples, config: RunConfig) -> None:
+    """A sample that is longer than the model's context would train positions that the model does not have."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or (config.max_length is not None and config.max_length <= limit):
+        return
+    longest = int(examples.lengths.argmax())
+    if isinstance(config, CftConfig) and (n := int(examples.lengths[longest])) > limit:
+        raise InputError(
+            f"uid {examples.uid[longest]}: {n} tokens, the model's context is {limit}",
+            remedy=f"set max_length={limit} and too_long=truncate or drop",
+        )
+
+
+# --- model and method ---
+
+
+def _method(name: str, config: RunConfig, model: Any) -> tuple[Any, Method]:
+    reference: Any = None
+    if isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
+        if config.kl.reference is not None or config.lora is None:
+            reference = open_model(config, config.kl.reference, "kl.reference").eval().requires_grad_(False)
+    old: dict[str, list[Tensor]] = {}
+    if config.lora is not None:
+        model, old = with_adapter(model, config, getattr(config, "o_lora", None))
+        if reference is None:
+            reference = model.disable_adapter  # π_ref is the model without its adapter: no second model in memory
+    if not isinstance(config, CftConfig):
+        return model, Cpt()
+    kl, ewc, o_lora = config.kl, config.ewc, config.o_lora
+    fishers = [read_fisher(config.path(folder)) for folder in ewc.fisher] if ewc is not None and ewc.weight else []
+    return model, Cft(
+        kl=kl.weight if kl else 0.0, reference=reference, ewc=ewc.weight if ewc else 0.0, fishers=fishers,
+        orthogonal=o_lora.weight if o_lora else 0.0, old_adapters=old,
+    )  # fmt: skip
+
+
+def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    half = config.dtype != "float32" and torch.cuda.is_available()
+    try:
+        return TrainingArguments(
+            **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
+               "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True, **theirs},
+            output_dir=config.out, bf16=half, remove_unused_columns=False, average_tokens_across_devices=True,
+            label_names=["loss_mask"],
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise InputError(f"training arguments: {str(error)[:500]}") from None
+
+
+# --- the run folder ---
+
+
+def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
+    folders = [*config.data, *config.eval_data]
+    data = {folder: sha256_file(config.path(folder) / "provenance.json") for folder in folders}
+    kept = {"out", "resume", "base"}
+    return {
+        "method": name,
+        "settings": {key: value for key, value in config.model_dump().items() if key not in kept},
+        "training": {**theirs, "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
+                     "max_steps": arguments.max_steps},
+        "data": data,
+        "git": _git(),
+        "packages": {package: version(package) for package in PACKAGES},
+    }  # fmt: skip
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working directory, and whether it has changes; None outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": head.stdout.strip(), "changes": bool(dirty.stdout.strip())}
+
+
+def _claim(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
+    """The run folder is ours: it holds nothing, or a run."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
+        raise InputError(f"out {out}: the folder holds other files than a run", remedy="choose a new folder")
+    if not resume and out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"
+    temporary = out / ".run.json"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, out / "run.json")
+
+
+def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: Any) -> Path:
+    """The final model, whole or not there."""
+    staging, final = out / ".model", out / MODEL
+    if trainer.args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+    trainer.save_model(str(staging))
+    if not trainer.args.should_save:
+        return final
+    if config.merge and config.lora is not None:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(staging / "merged")
+        tokenizer.save_pretrained(staging / "merged")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staging, final)
+    return final

@@ -1,0 +1,230 @@
+"""One trainer for every method: a thin layer over transformers.Trainer.
+
+It adds what the library does not have: a loss that is normalised over the whole step, losses by origin and task, a stop
+at the first loss that is not a number, with the uids of its batch, and checkpoints that are whole or not there. Loops,
+optimizers, schedules, processes and loggers are the library's.
+
+Departures from transformers.Trainer: `training_args.bin` (a pickle) is not written, run.json says the same; optimizer,
+schedule and random states are the library's own files, which it reads with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from curate.errors import InputError
+from train.data import Examples
+from train.methods.base import Method, token_weights
+
+MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
+STATE = "method.safetensors"
+
+
+class RehearseTrainer(Trainer):
+    """Trains by a method on examples.
+
+    Args:
+        method: what the loss is.
+        examples: the rows that batches point to, for losses by origin and task and for lineage.
+        identity: what a checkpoint belongs to: method, data, settings; compared when one is resumed.
+        more: transformers.Trainer's own arguments.
+    """
+
+    def __init__(self, *, method: Method, examples: Examples, identity: dict[str, Any], **more: Any) -> None:
+        super().__init__(**more)
+        self.method, self.examples, self.identity = method, examples, identity
+        self.loss_is_scaled_for_ga = True  # the normaliser counts the whole step
+        self.folder = Path(str(self.args.output_dir))
+        self.sums: dict[str, list[Tensor]] = defaultdict(list)
+        self.tokens, self.clock = 0, time.monotonic()
+        self.add_callback(_AfterStep(method))
+        self.remove_callback(PrinterCallback)  # prints every dictionary of values
+
+    # --- the loss ---
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Σ w·m over all passes of the step and all processes."""
+        total = sum((token_weights(b) * b["loss_mask"]).sum(dtype=torch.float64) for b in batch_samples)
+        found = torch.as_tensor(total, dtype=torch.float64, device="cpu").to(torch.float32).to(device)
+        if self.args.world_size > 1:
+            found = self.accelerator.gather(found).sum()
+        return found
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss of one pass, and its penalty once a step."""
+        normaliser = num_items_in_batch
+        if normaliser is None:  # evaluation: every batch by itself
+            normaliser = (token_weights(inputs) * inputs["loss_mask"]).sum()
+        loss, logged = self.method.loss(model, inputs, normaliser)
+        if model.training:
+            penalty, more = self.method.penalty(model)
+            logged |= more
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+            if penalty is not None:
+                loss = loss + penalty / self.current_gradient_accumulation_steps
+            self._watch(loss, logged, inputs)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Evaluation: the loss of a batch; there is nothing to predict."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach().mean(), None, None
+
+    def _watch(self, loss: Tensor, logged: dict[str, Tensor], batch: Any) -> None:
+        """Keep what `log` reports; stop at a loss that is not a number."""
+        if not bool(torch.isfinite(loss.detach())):
+            uids = self.examples.uids(batch["row"].tolist())
+            raise InputError(
+                f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}; the batch held "
+                f"{', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
+                remedy="lower learning_rate, or look at these rows with `curate explain`; the last checkpoint is whole",
+            )
+        logps = logged.pop("logps", None)
+        for name, value in logged.items():
+            self.sums[name].append(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]))
+        self.tokens += int((batch["segment"] >= 0).sum())
+        if logps is not None:
+            self._by_group(logps, batch)
+
+    def _by_group(self, logps: Tensor, batch: Any) -> None:
+        """NLL and number of target tokens by origin and by task."""
+        mask, segment = batch["loss_mask"], batch["segment"].clamp_min(0)
+        n = batch["row"].shape[0]
+        nll = logps.new_zeros(n).index_add_(0, segment[mask], -logps[mask])
+        count = logps.new_zeros(n).index_add_(0, segment[mask], torch.ones_like(logps[mask]))
+        both = torch.stack([nll, count]).cpu()  # [2, n]
+        rows = batch["row"].cpu().numpy()
+        for kind, codes, names in (("origin", self.examples.origin, self.examples.origin_names),
+                                   ("task", self.examples.task, self.examples.task_names)):  # fmt: skip
+            for code in sorted(set(codes[rows].tolist())):
+                self.sums[f"{kind}/{names[code]}"].append(both[:, codes[rows] == code].sum(1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The library's values, the method's, losses by group, tokens a second and MFU."""
+        if self.sums and "loss" in logs:
+            names = sorted(self.sums) if self.args.world_size <= 1 else self._names_of_all()
+            for name in names:
+                parts = [each.to(self.args.device) for each in self.sums.get(name, [torch.zeros(2)])]
+                total = torch.stack(parts).sum(0)
+                if self.args.world_size > 1:
+                    total = self.accelerator.gather(total[None]).sum(0)
+                key = f"loss_{name}" if "/" in name else name
+                logs[key] = float(total[0] / total[1].clamp_min(1e-9))
+            seconds = max(time.monotonic() - self.clock, 1e-9)
+            logs["tokens_per_second"] = self.tokens * self.args.world_size / seconds
+            if (mfu := self._mfu(logs["tokens_per_second"])) is not None:
+                logs["mfu"] = mfu
+            self.sums.clear()
+            self.tokens, self.clock = 0, time.monotonic()
+        super().log(logs, start_time)
+
+    def _names_of_all(self) -> list[str]:
+        """Names that any process has a value for, in one order: all of them gather together."""
+        known = [f"origin/{n}" for n in self.examples.origin_names] + [f"task/{n}" for n in self.examples.task_names]
+        return [*sorted(n for n in self.sums if "/" not in n), *known]
+
+    def _mfu(self, rate: float) -> float | None:
+        """Share of the GPU's peak: 6 · parameters · tokens a second; None where the peak is not known."""
+        if self.args.device.type != "cuda":
+            return None
+        peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+        name = torch.cuda.get_device_name(self.args.device)
+        peak = next((flops for part, flops in peaks.items() if part in name), None)
+        if peak is None:
+            return None
+        assert self.model is not None
+        n = float(sum(p.numel() for p in self.model.parameters()))
+        return 6 * n * rate / (peak * self.args.world_size)
+
+    # --- data ---
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """In order: the mixture has decided it."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's checkpoint, the method's state, and last the mark that it is whole."""
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if state := self.method.state_dict():
+                    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
+                mark = {"step": self.state.global_step, **self.identity}
+                (folder / MARK).write_text(json.dumps(mark, sort_keys=True), encoding="utf-8")
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(
+                f"{folder}: the checkpoint could not be written: {error.strerror or error}",
+                remedy="make room; the checkpoint before it is whole, and the same command goes on from there",
+            ) from None
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            self._drop_old(limit)
+
+    def _drop_old(self, limit: int) -> None:
+        kept = {self.state.best_model_checkpoint}
+        whole = [c for c in checkpoints(self.folder) if str(c) not in kept]
+        for folder in whole[: max(0, len(whole) - limit)]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The library's files without the pickled arguments."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """The method's state of a checkpoint.
+
+        Raises:
+            InputError: it belongs to another method, other data or other settings.
+        """
+        mark = json.loads((checkpoint / MARK).read_bytes())
+        for key, mine in self.identity.items():
+            if mark.get(key) != mine:
+                raise InputError(
+                    f"{checkpoint}: a checkpoint of another run: {key} is {mark.get(key)!r}, here {mine!r}",
+                    remedy="choose another folder with out=FOLDER, or start anew with resume=false",
+                )
+        if (checkpoint / STATE).is_file():
+            self.method.load_state_dict(load_file(checkpoint / STATE))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    found = [f for f in folder.glob("checkpoint-*") if (f / MARK).is_file() and f.name[11:].isdigit()]
+    return sorted(found, key=lambda f: int(f.name[11:]))
+
+
+class _AfterStep(TrainerCallback):
+    """Tells the method that the optimizer has stepped."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The place of a dual ascent."""
+        self.method.after_step()
