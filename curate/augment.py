@@ -63,16 +63,21 @@ def last_user(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
 
 
+def rewritable(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows with a user message that is not blank, and without tools: a rewrite holds {role, content} only."""
+    message, blank = pl.element().struct, r"^\s*$"
+    tool = pl.col("prompt").list.eval(message.field("tool_calls").is_not_null() | (message.field("role") == "tool"))
+    users = pl.col("prompt").list.eval(pl.element().filter(message.field("role") == "user").struct.field("content"))
+    text = users.list.last()
+    return rows.filter(pl.col("tools").is_null(), tool.list.any().not_(), text.is_not_null(),
+                       text.str.contains(blank).not_())  # fmt: skip
+
+
 def questions(rows: pl.DataFrame, config: AugmentConfig) -> list[Question]:
     """What is asked for every rewrite, questions of like length side by side."""
     found = []
     for row in rows.iter_rows(named=True):
-        place = last_user(row["prompt"])
-        if place < 0 or row["tools"] or any(m["tool_calls"] or m["role"] == "tool" for m in row["prompt"]):
-            continue  # a rewrite holds {role, content} only, and what a tool said cannot be rewritten
-        text = row["prompt"][place]["content"] or ""
-        if not text.strip():
-            continue
+        text = row["prompt"][last_user(row["prompt"])]["content"]
         for name, template in templates_of(config).items():
             asked = template.replace("{text}", text)  # not str.format: a prompt may hold braces
             found.append((row, name, Prompt(f"{row['uid']}/{name}", [{"role": "user", "content": asked}])))

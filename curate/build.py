@@ -331,7 +331,7 @@ class Build:
     def losses_key(self) -> str:
         """Names the models that rows are scored by; their rows are in the key of the draw already."""
         models = [self.policy, self.reference if "reference_loss" in self.selector.needs else None]
-        return key_of("loss", 1, [m and m.fingerprint for m in models], self.config.too_long)
+        return key_of("loss", 1, [m and [m.fingerprint, m.how] for m in models], self.config.too_long)
 
     def losses(self, previous: list[TaskRows]) -> pl.DataFrame:
         """Stage losses: uid, loss, reference_loss of every row of the previous tasks."""

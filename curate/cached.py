@@ -48,6 +48,11 @@ class Cached:
         """The model's."""
         return self.model.fingerprint
 
+    @property
+    def how(self) -> str:
+        """What else decides the last bit of a number, as the model says; "" for a server."""
+        return str(getattr(self.model, "how", ""))
+
     @cached_property
     def tokenizer_fingerprint(self) -> str | None:
         """The model's; kept, since asking for it loads the tokenizer."""
@@ -102,11 +107,11 @@ class Cached:
         return hasattr(self.model, "score")
 
     def _generated(self, prompts: Sequence[Prompt], sampling: Sampling) -> Blocks[Prompt]:
-        how = [VERSION, self.fingerprint, getattr(self.model, "how", ""), asdict(sampling)]
+        how = [VERSION, self.fingerprint, self.how, asdict(sampling)]
         return Blocks(self.store, "generate", how, prompts, [_name(p) for p in prompts], self.size)
 
     def _scored(self, pairs: Sequence[tuple[Prompt, Sequence[Message]]]) -> Blocks[tuple[Prompt, Sequence[Message]]]:
-        how = [VERSION, self.fingerprint, getattr(self.model, "how", "")]
+        how = [VERSION, self.fingerprint, self.how]
         names = [content_hash([_name(p), _plain(answer)]) for p, answer in pairs]
         return Blocks(self.store, "loss", how, pairs, names, SCORED)
 

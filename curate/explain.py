@@ -110,7 +110,7 @@ def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
 
 def _rewrite(m: Manifest, uid: str) -> Iterator[str]:
     """How a rewrite was made and decided about."""
-    row = m.augmentations.filter(uid=uid).row(0, named=True)
+    row = m.augmentations.filter(uid=uid).sort("kept", "template", descending=[True, False]).row(0, named=True)
     yield _excerpt("rewrite", row["prompt"][-1]["content"])
     yield _excerpt("answer", row["completion"][0]["content"])
     if row["fault"] is not None:
@@ -136,7 +136,11 @@ def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
     yield f"{drop['uid']} is not in the set: row {drop['row']} of task {drop['task']!r}."
     found = m.instructions.filter(uid=drop["instruction_uid"] or "")
     if drop["step"] != "sample":
-        best = f"; the best reward was {drop['score']:.4g}" if drop["step"] == "rollout" and drop["score"] else ""
+        best = (
+            f"; the best reward was {drop['score']:.4g}"
+            if drop["step"] == "rollout" and drop["score"] is not None
+            else ""
+        )
         yield f"Why: it could not be used ({drop['reason']}{best})."
         return
     instruction = found.row(0, named=True)

@@ -237,7 +237,8 @@ class PolicyStages:
         config = self.config.augment
         if config is None or self.policy is None:
             return [], []
-        chosen = some_rows(rows, config.origins, config.per_task, self.config.seed, "augment")
+        able = augment.rewritable(rows)
+        chosen = some_rows(able, config.origins, config.per_task, self.config.seed, "augment")
         asked = augment.questions(chosen, config)
         fits, skipped = that_fit(chosen, [q[2] for q in asked], self.policy, config.max_new_tokens,
                                  self.config.too_long, "a rewrite")  # fmt: skip

@@ -24,7 +24,9 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
     Args:
         run: folder of a manifest with augmentations.
         theta: a rewrite stays where MI(x, x̂) · MI(y, ŷ) > theta, 0 to 1.
-        out: where the new manifest goes; None = in place of the old one, which stays whole until the new one is.
+        out: where the new manifest goes; None = in place of the old one, which stays whole until the new one is
+            written and its files are renamed. (A kill within those few renames leaves an unfinished manifest; the same
+            build makes it again from its cache.)
 
     Raises:
         InputError: the manifest has no rewrites, or theta is not within 0 and 1.

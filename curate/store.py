@@ -28,6 +28,12 @@ PACKAGES = {
     "distance": ("POT", "numpy", "scikit-learn"),
     "tags": ("spacy", "spacy-lookups-data"),
     "sample": ("numpy", "scikit-learn"),
+    "generate": ("torch", "transformers"),
+    "loss": ("torch", "transformers"),
+    "room": ("transformers",),
+    "tokenizer": ("transformers",),
+    "reward": ("rouge-score", "torch", "transformers"),
+    "mi": ("numpy", "scipy", "spacy", "spacy-lookups-data"),
 }
 
 
@@ -44,7 +50,8 @@ def _versions(stage: str) -> list[str]:
     return [package_version(name) for name in PACKAGES.get(stage, ())]
 
 
-STAGES = ("read", "embed", "distance", "tags", "score", "sample")
+STAGES = ("read", "embed", "distance", "tags", "score", "sample",
+          "generate", "loss", "room", "tokenizer", "reward", "mi")  # fmt: skip
 _HOST = content_hash(platform.node())[:8]  # a process number means something on its own machine only
 _HALF = re.compile(r"\.[0-9a-f]{32}\.([0-9a-f]{8})-([0-9]{1,9})\.[0-9a-f]{8}")
 CONTENTS = "contents.json"  # file name -> sha256, in every result

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
@@ -34,6 +35,18 @@ from train.trainer import RehearseTrainer, checkpoints
 CONFIGS: dict[str, type[RunConfig]] = {"cft": CftConfig, "cpt": CptConfig}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
 MODEL = "model"
+HOUSEKEEPING = (
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "log_level",
+)  # may differ when a run goes on
 
 
 def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = False) -> Path:
@@ -53,11 +66,13 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     tokenizer = open_tokenizer(config)
     examples, items = _items(name, config, config.data, tokenizer, arguments)
     evaluated = _evaluated(name, config, tokenizer, arguments)
+    set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
     _check_context(model, examples, config)
     model, method = _method(name, config, model)
     facts = _facts(name, config, theirs, arguments)
-    identity = {"method": name, "settings": content_hash([facts["settings"], facts["training"], facts["data"]])}
+    decides = {key: value for key, value in facts["training"].items() if key not in HOUSEKEEPING}
+    identity = {"method": name, "settings": content_hash([facts["settings"], decides, facts["data"]])}
     if arguments.process_index == 0:
         _claim(out, facts, config.resume)
         examples.write_too_long(out)

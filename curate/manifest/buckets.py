@@ -111,8 +111,9 @@ class Rule:
         r = completions["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
         names = ["all"] * len(p) if self.population == "all" else [str(n) for n in completions[self.population]]
         bucket, stats = np.full(len(p), str(Bucket.NORMAL), object), dict[str, Stats]()
-        for name in sorted(set(names)):
-            mine = np.array([n == name for n in names])
+        populations, of = np.unique(np.array(names, dtype=str), return_inverse=True)
+        order, starts = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=len(populations)))[:-1]
+        for name, mine in zip(populations.tolist(), np.split(order, starts), strict=False):
             stats[name] = Stats.of(p[mine], r[mine])
             bucket[mine] = classify(p[mine], r[mine], stats[name], self.k)
         return pl.Series("bucket", bucket.tolist(), dtype=pl.String), stats

@@ -188,7 +188,7 @@ def _counts(m: Manifest) -> Iterator[str]:
 def _inputs(m: Manifest) -> Iterator[str]:
     """Each task has as many usable and unusable rows as the provenance says that its source had."""
     for name, rows in m.provenance["rows"].items():
-        if getattr(m, name).height != rows:
+        if name in TABLES and getattr(m, name).height != rows:  # a later minor version may have more tables
             yield f"{name}.parquet: {getattr(m, name).height} rows, provenance.json says {rows}"
     unusable = dict(m.drops.filter(pl.col("step") == "read").group_by("task").len().iter_rows())
     inputs = {i["task"]: i for i in m.provenance["inputs"]}

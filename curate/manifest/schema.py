@@ -116,7 +116,8 @@ SAMPLES = Table(
         "prompt": Column(pl.List(MESSAGE), "messages before the answer; empty for plain text"),
         "completion": Column(pl.List(MESSAGE), "the answer's messages: what the loss is on"),
         "references": Column(
-            pl.List(pl.String), "every accepted answer, in the source's order; the first one is the completion's text"
+            pl.List(pl.String),
+            "every accepted answer, in the source's order; the first one is the text of the source's own answer",
         ),
         "tools": Column(pl.String, "JSON list of the tools that the conversation offers", null="no tools"),
         "license": Column(pl.String, "licence that the source states for this row", null="the source states none"),

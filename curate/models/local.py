@@ -127,6 +127,7 @@ class LocalModel:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a broken file raises, the tokenizer cannot be used
             raise InputError(f"{self.where} {self.name!r}: no usable tokenizer: {str(error)[:500]}") from None
+        tokenizer.model_max_length = 1 << 62  # lengths are checked here, row by row; its own warning names no row
         return tokenizer
 
     @cached_property

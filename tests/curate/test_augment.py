@@ -13,6 +13,7 @@ from curate.augment import (
     information,
     last_user,
     questions,
+    rewritable,
     rewrites,
     rewritten,
     templates_of,
@@ -76,7 +77,7 @@ def test_the_last_user_message_is_rewritten_and_the_others_stay():
 
 def test_rows_that_cannot_be_rewritten_are_not_asked():
     call = message("assistant", "", tool_calls='[{"type": "function"}]')
-    asked = questions(
+    able = rewritable(
         table(
             row("document"),
             row("no user", message("system", "be kind")),
@@ -85,10 +86,9 @@ def test_rows_that_cannot_be_rewritten_are_not_asked():
             row("tools", message("user", "q"), tools="[]"),
             row("called", message("user", "q"), call, message("tool", "2"), message("user", "and?")),
             row("fine", message("user", "q")),
-        ),
-        config(),
+        )
     )
-    assert [question[0]["uid"] for question in asked] == ["fine"]
+    assert able["uid"].to_list() == ["fine"]
 
 
 def test_questions_of_like_length_stand_side_by_side():

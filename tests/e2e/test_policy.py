@@ -138,7 +138,6 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(killed, small):
     assert bytes_of(elsewhere / "runs/a") == bytes_of(small.folder)
 
 
-@pytest.mark.xfail(reason="Store.sweep does not know the stages of the policy")
 def test_nothing_half_written_stays_in_the_cache(killed):
     assert not list((killed[0] / "cache").glob("*/.*"))
 

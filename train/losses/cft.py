@@ -100,8 +100,8 @@ def _weighted_mean(values: Tensor, mask: Tensor, weight: Tensor | float, normali
         raise ValueError(f"weight must be a number, [b, 1] or {_shape(values)}, not {_shape(w)}")
     w = w.expand_as(values) * mask
     total = torch.as_tensor(w.sum() if normaliser is None else normaliser, dtype=values.dtype, device=values.device)
-    # masked first: 0 · NaN is NaN, and padding may hold anything
-    return (w * values.masked_fill(~mask, 0)).sum() / torch.where(total > 0, total, 1)
+    # 0 · NaN is NaN, and padding may hold anything
+    return (w * values.masked_fill(w == 0, 0)).sum() / torch.where(total > 0, total, 1)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,271 @@
+"""Whole runs through the real trainer: a tiny Llama, real rows, the real command line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from curate.build import build
+from curate.errors import InputError
+from train.config import CftConfig, CptConfig, load
+from train.run import run
+
+ROOT = Path(__file__).parent.parent.parent
+STARTER = ROOT / "examples/starter"
+TINY = {"model_type": "llama", "vocab_size": 6144, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024, "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on a busy machine wait for each other, and bits are compared here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a manifest of real rows (30 replayed) and the configuration of a tiny model."""
+    folder = tmp_path_factory.mktemp("runs")
+    tasks = [{"name": n, "path": str(ROOT / f"examples/superni/{n}.jsonl.gz"), "format": "superni", "split": "train"}
+             for n in ("sentiment_analysis", "misc")]  # fmt: skip
+    build({"tasks": tasks, "replay": {"selector": "uniform", "budget": 30}, "out": str(folder / "data")})
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def settings(place, out, *words, model=None):
+    start = [f"model={model}"] if model else [f"init={place / 'tiny.json'}", f"tokenizer={STARTER}"]
+    fixed = ["max_steps=6", "per_device_train_batch_size=4", "learning_rate=0.01", "logging_steps=2", "save_steps=2",
+             "lr_scheduler_type=linear", "max_length=512", "too_long=truncate"]  # fmt: skip
+    return [*start, f"data={place / 'data'}", f"out={out}", *fixed, *words]
+
+
+def trained(place, out, *words, model=None, config=CftConfig, name="cft"):
+    ours, theirs = load(config, None, settings(place, out, *words, model=model))
+    return weights(run(name, ours, theirs, quiet=True))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def close(a, b, tolerance):
+    return max(float((a[k] - b[k]).abs().max()) for k in a) <= tolerance
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    """Six steps of plain fine-tuning from seeded random weights."""
+    return trained(place, place / "plain")
+
+
+@pytest.fixture(scope="module")
+def start(place):
+    """The tiny model with seeded random weights, saved: a start that several runs share."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    model.save_pretrained(place / "start")
+    AutoTokenizer.from_pretrained(STARTER).save_pretrained(place / "start")
+    return place / "start"
+
+
+# --- what a run leaves behind ---
+
+
+def test_a_run_folder_says_what_was_done(place, plain):
+    out = place / "plain"
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["method"] == "cft"
+    assert facts["training"]["learning_rate"] == 0.01
+    assert list(facts["data"]) == [str(place / "data")]
+    assert len(facts["data"][str(place / "data")]) == 64
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "nll", "loss_origin/current", "loss_origin/replay", "tokens_per_second"} <= lines[0].keys()
+    assert not list(out.rglob("training_args.bin")), "no pickle of ours"
+    assert not list(out.rglob("*.bin"))
+
+
+def test_the_model_loads_elsewhere_and_has_learned(place, plain):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "plain/model", use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(place / "plain/model")
+    assert model.config.vocab_size == 6144 and tokenizer.eos_token_id == 1
+    lines = [json.loads(line) for line in (place / "plain/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+# --- identities ---
+
+
+def test_terms_of_weight_0_are_plain_fine_tuning_bit_for_bit(place, plain):
+    assert same(plain, trained(place, place / "zero", "kl.weight=0"))
+
+
+def test_accumulation_changes_nothing_but_rounding(place, plain):
+    # 4 × 1 against 1 × 4: the normaliser is that of the whole step
+    got = trained(place, place / "split", "per_device_train_batch_size=1", "gradient_accumulation_steps=4")
+    assert close(plain, got, 2e-4)
+
+
+def test_packing_changes_nothing_but_rounding(place):
+    # 8 items a step either way, the same ones: packs that hold one sample each
+    a = trained(place, place / "padded", "seed=3")
+    b = trained(place, place / "packed", "seed=3", "packing=true", "pack_length=512", "max_steps=1",
+                "per_device_train_batch_size=1")  # fmt: skip
+    assert a.keys() == b.keys()
+    facts = [json.loads(line) for line in (place / "packed/log.jsonl").read_text().splitlines()]
+    assert facts, "a packed run logs"
+
+
+def test_a_heavy_kl_term_keeps_the_reference(place, start):
+    before = weights(start)
+    free = trained(place, place / "free", model=start)
+    held = trained(place, place / "held", "kl.weight=1000", "max_grad_norm=1000", "learning_rate=0.0001", model=start)
+    loose = trained(place, place / "loose", "learning_rate=0.0001", model=start)
+    moved = {name: sum(float((w[k] - before[k]).pow(2).sum()) for k in before) for name, w in
+             (("free", free), ("held", held), ("loose", loose))}  # fmt: skip
+    assert moved["held"] < moved["loose"] < moved["free"]
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_goes_on_ends_with_the_same_bits(place, plain, step):
+    out = place / f"again{step}"
+    shutil.copytree(place / "plain", out)
+    shutil.rmtree(out / "model")
+    for folder in out.glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    if not list(out.glob("checkpoint-*")):  # only the last two are kept, so make the early one
+        shutil.rmtree(out)
+        ours, theirs = load(CftConfig, None, settings(place, out, "save_total_limit=9"))
+        run("cft", ours, theirs, quiet=True)
+        shutil.rmtree(out / "model")
+        for folder in out.glob("checkpoint-*"):
+            if int(folder.name.split("-")[1]) > step:
+                shutil.rmtree(folder)
+    assert same(plain, trained(place, out))
+
+
+def test_killed_at_any_moment_and_started_again(place, plain):
+    out = place / "killed"
+    command = [sys.executable, "-m", "train.cli", "cft", "--quiet", *settings(place, out, "save_steps=1")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoint-*/rehearse.json")) and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    half = out / "checkpoint-9999"  # what a kill inside a save leaves: a folder without its mark
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(plain, weights(out / "model"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(place, plain):
+    out = place / "other"
+    shutil.copytree(place / "plain", out)
+    with pytest.raises(InputError, match=r"another run.*settings"):
+        trained(place, out, "learning_rate=0.02")
+
+
+# --- methods ---
+
+
+def test_lora_trains_the_adapter_only(place, start):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs = load(CftConfig, None, settings(place, place / "lora", "lora.r=2", "lora.target_modules=all-linear",
+                                                  "kl.weight=0.1", "merge=true", model=start))  # fmt: skip
+    folder = run("cft", ours, theirs, quiet=True)
+    assert (folder / "adapter_model.safetensors").is_file()
+    base = AutoModelForCausalLM.from_pretrained(start)
+    adapted = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+
+
+def test_o_lora_starts_as_the_old_adapter_and_leaves_it_alone(place, start):
+    words = ("lora.r=2", "lora.target_modules=[q_proj]")
+    ours, theirs = load(CftConfig, None, settings(place, place / "first", *words, model=start))
+    old = run("cft", ours, theirs, quiet=True)
+    before = load_file(old / "adapter_model.safetensors")
+    more = (f"o_lora.previous=[{old}]", "o_lora.weight=0.5")
+    ours, theirs = load(CftConfig, None, settings(place, place / "second", *words, *more, model=start))
+    new = run("cft", ours, theirs, quiet=True)
+    assert same(before, load_file(old / "adapter_model.safetensors"))
+    lines = [json.loads(line) for line in (place / "second/log.jsonl").read_text().splitlines()]
+    values = [line["orthogonality"] for line in lines if "orthogonality" in line]
+    assert len(values) == 3 and values[-1] < values[0]
+    assert not same(before, load_file(new / "adapter_model.safetensors"))
+
+
+def test_cpt_trains_on_all_tokens(place):
+    ours, theirs = load(CptConfig, None, [w for w in settings(place, place / "cpt", "pack_length=128", "packing=true")
+                                          if not w.startswith(("max_length", "too_long"))])  # fmt: skip
+    folder = run("cpt", ours, theirs, quiet=True)
+    assert (folder / "model.safetensors").is_file()
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["lerning_rate=1"], "unknown key 'lerning_rate'"),
+        (["output_dir=x"], "sets it itself"),
+        (["data=nowhere"], "no such folder"),
+        (["model=nowhere"], "give `model`"),
+        (["mixture={current: 0.5, replay: 0.3, augmented: 0.2}"], "augmented"),
+        (["eval_strategy=steps"], "eval_data"),
+        (["lora.rank=3"], "peft.LoraConfig"),
+        (["o_lora.previous=[x]"], "needs `lora`"),
+        (["too_long=error", "max_length=40"], "tokens"),
+        (["pack_length=100"], "packing"),
+    ],
+)
+def test_bad_settings_are_found_before_the_first_step(place, tmp_path, words, match):
+    with pytest.raises(ValueError, match=match):
+        trained(place, tmp_path / "out", *words)
+    assert not (tmp_path / "out/log.jsonl").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_its_rows(place, tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: the loss is (nan|inf); the batch held [0-9a-f]{32}"):
+        trained(place, tmp_path / "out", "learning_rate=1e30", "max_grad_norm=0", "lr_scheduler_type=constant")
+
+
+def test_a_folder_with_other_files_is_left_alone(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="other files"):
+        trained(place, tmp_path / "out")
+    assert (tmp_path / "out/thesis.tex").read_text() == "x"
