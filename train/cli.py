@@ -12,11 +12,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from train import metrics
+
+if TYPE_CHECKING:
+    from curate.settings import Section
+
+Settings = TypeVar("Settings", bound="Section")
 
 app = typer.Typer(name="train", no_args_is_help=True, add_completion=False, help="Train on a manifest, and measure it.")
 
@@ -48,15 +53,66 @@ def cpt(config: Config = None, settings: Words = None, quiet: Quiet = False) -> 
     _train("cpt", config, settings, quiet)
 
 
+@app.command()
+def fisher(config: Config = None, settings: Words = None) -> None:
+    """Estimate the diagonal Fisher information of a model on its rows: what `ewc` holds in later stages.
+
+    Example: train fisher model=runs/cft/model data=runs/demo out=runs/fisher samples=200
+    """
+    with _errors():
+        from train.fisher import FisherConfig
+        from train.fisher import fisher as estimate
+
+        sys.stdout.write(f"fisher: {estimate(_settings(FisherConfig, config, settings))}\n")
+
+
+@app.command(name="eval")
+def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """Score checkpoints on the tasks of a manifest: items, the R matrix, and the metrics of continual learning.
+
+    Example: train eval models=[examples/starter,runs/cft/model] data=runs/held-out out=runs/eval metric=rouge_l
+    """
+    with _errors():
+        from train.evaluate import EvalConfig, evaluate
+
+        say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr))
+        found = evaluate(_settings(EvalConfig, config, settings), say)
+        for name, value in found.items() if not quiet else ():
+            if isinstance(value, dict):
+                sys.stdout.write(f"{name.replace('_', ' '):<28}{_shown(value)}\n")
+
+
+def _shown(found: dict[str, Any]) -> str:
+    value, interval = found["value"], found.get("interval")
+    if value is None or isinstance(value, list):
+        return "–" if value is None else ", ".join(f"{v:.2f}" for v in value)
+    return f"{value:.4f}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _settings(model: type[Settings], path: Path | None, words: list[str] | None) -> Settings:
+    from curate.settings import checked, override, read_yaml
+
+    data = read_yaml(path) if path is not None else {}
+    for word in _checked(words):
+        override(data, word)
+    if isinstance(data.get("data"), str) and "origins" in model.model_fields:
+        data["data"] = [data["data"]]
+    return checked(model, {**data, "base": str(path.parent) if path else "."}, str(path or "command line"))
+
+
+def _checked(words: list[str] | None) -> list[str]:
+    for word in words or []:
+        if "=" not in word or word.startswith("="):
+            raise typer.BadParameter(f"{word!r} is not of the form key=value, as in learning_rate=1e-5")
+    return words or []
+
+
 def _train(name: str, config: Path | None, settings: list[str] | None, quiet: bool) -> None:
     with _errors():
         from train.config import load
         from train.run import CONFIGS, run
 
-        words = settings or []
-        if wrong := next((w for w in words if "=" not in w or w.startswith("=")), None):
-            raise typer.BadParameter(f"{wrong!r} is not of the form key=value, as in learning_rate=1e-5")
-        ours, theirs = load(CONFIGS[name], config, words)
+        ours, theirs = load(CONFIGS[name], config, _checked(settings))
         model = run(name, ours, theirs, quiet)
         if not quiet:
             sys.stdout.write(f"model: {model}\n")

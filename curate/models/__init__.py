@@ -16,6 +16,7 @@ __all__ = [
     "Embedder",
     "Generator",
     "LocalModel",
+    "ModelConfig",
     "Prompt",
     "Reward",
     "Sampling",

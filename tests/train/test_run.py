@@ -269,3 +269,39 @@ def test_a_folder_with_other_files_is_left_alone(place, tmp_path):
     with pytest.raises(InputError, match="other files"):
         trained(place, tmp_path / "out")
     assert (tmp_path / "out/thesis.tex").read_text() == "x"
+
+
+# --- EWC ---
+
+
+def test_ewc_without_information_is_plain_and_with_much_holds_the_weights(place, start, tmp_path):
+    from safetensors.torch import save_file
+
+    before = weights(start)
+    for name, value in (("nothing", 0.0), ("much", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({k: torch.full_like(v, value) for k, v in before.items()}, tmp_path / name / "fisher.safetensors")
+        save_file(before, tmp_path / name / "anchor.safetensors")
+    slow = ("learning_rate=0.0001", "max_grad_norm=0")
+    free = trained(place, tmp_path / "free", *slow, model=start)
+    none = trained(place, tmp_path / "none", *slow, f"ewc={{weight: 1, fisher: [{tmp_path}/nothing]}}", model=start)
+    held = trained(place, tmp_path / "held", *slow, f"ewc={{weight: 1e4, fisher: [{tmp_path}/much]}}", model=start)
+    assert same(free, none)
+    moved = [max(float((w[k] - before[k]).abs().max()) for k in before) for w in (held, free)]
+    assert moved[0] < moved[1]
+
+
+# --- two processes ---
+
+
+def test_two_processes_give_what_one_gives(place, plain):
+    # 2 processes × 2 items are the 4 items of one process, and the loss is normalised over all of them
+    out = place / "ddp"
+    words = settings(place, out, "per_device_train_batch_size=2", "ddp_backend=gloo", "use_cpu=true")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "train.cli",
+               "cft", "--quiet", *words]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert close(plain, weights(out / "model"), 2e-4)
+    assert len(list(out.glob("log.jsonl"))) == 1

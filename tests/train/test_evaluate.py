@@ -1,0 +1,132 @@
+"""Evaluation and Fisher information on real rows with real checkpoints."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from curate.build import build
+from curate.errors import InputError
+from train.evaluate import EvalConfig, evaluate, matrix, summary
+from train.fisher import FisherConfig, estimate, fisher
+from train.models import read_fisher
+
+ROOT = Path(__file__).parent.parent.parent
+STARTER = str(ROOT / "examples/starter")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Test rows of two categories as one manifest."""
+    folder = tmp_path_factory.mktemp("eval")
+    tasks = [{"name": n, "path": str(ROOT / f"examples/superni/{n}.jsonl.gz"), "format": "superni", "split": "test"}
+             for n in ("sentiment_analysis", "misc")]  # fmt: skip
+    build({"tasks": tasks, "replay": {"selector": "random", "ratio": 100}, "out": str(folder / "data")})
+    return folder
+
+
+def items(scores):
+    """scores: {task: [checkpoints, items]} as the table of items."""
+    rows = [
+        (c, f"m{c}", f"{task}{i}", task, stage, "", float(value), value >= 1)
+        for stage, (task, table) in enumerate(scores.items(), 1)
+        for c, line in enumerate(table)
+        for i, value in enumerate(line)
+    ]
+    names = ["checkpoint", "model", "uid", "task", "stage", "prediction", "score", "correct"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def config(**more):
+    return EvalConfig.model_validate({"models": ["a", "b", "c"], "data": "d", "out": "o", **more})
+
+
+def test_the_matrix_and_its_metrics_by_hand():
+    # R = [[0, 0], [1, 0], [.5, 1]]: AP (.5 + 1)/2, BWT .5 − 1, FWT zero-shot R[1][2] − R[0][2] = 0
+    table = items({"x": [[0, 0], [1, 1], [1, 0]], "y": [[0, 0], [0, 0], [1, 1]]})
+    tasks, r = matrix(table.sample(fraction=1, shuffle=True, seed=1))
+    assert tasks == ["x", "y"] and r.tolist() == [[0, 0], [1, 0], [0.5, 1]]
+    found = summary(table, config(upper={"x": 1.0, "y": 1.0}))
+    assert found["average_performance"]["value"] == 0.75
+    assert found["backward_transfer"]["value"] == -0.5
+    assert found["forward_transfer_zero_shot"]["value"] == 0
+    assert found["relative_gain"]["value"] == [50.0]
+    assert found["ACC"]["value"] == 0.75  # 3 of 4 right at the end
+    assert found["KGR"]["value"] == 0.75  # 3 of 4 wrong before are right now
+    assert found["KRR"]["value"] is None  # nothing was right before
+
+
+def test_intervals_hold_the_value_and_are_seeded():
+    rng = np.random.default_rng(0)
+    table = items({"x": (rng.random((3, 40)) < 0.5).astype(float), "y": (rng.random((3, 40)) < 0.5).astype(float)})
+    a, b = summary(table, config()), summary(table, config())
+    assert a == b
+    low, high = a["average_performance"]["interval"]
+    assert low < a["average_performance"]["value"] < high
+    # a mean of 80 coins: the interval of ±1.96 · √(¼/80) ≈ ±0.11
+    assert 0.15 < high - low < 0.30
+
+
+def test_a_checkpoint_is_scored_item_by_item(held_out, tmp_path):
+    found = evaluate(EvalConfig.model_validate(
+        {"models": [STARTER, STARTER], "data": str(held_out / "data"), "out": str(tmp_path / "out"), "per_task": 6,
+         "max_new_tokens": 8}))  # fmt: skip
+    table = pl.read_parquet(tmp_path / "out/items.parquet")
+    assert table.height == 2 * 2 * 6
+    first, second = (table.filter(checkpoint=i).sort("uid")["prediction"].to_list() for i in (0, 1))
+    assert first == second
+    assert math.isclose(found["last"]["value"], table.filter(checkpoint=1)["score"].mean())
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "out/matrix.csv").read_text().splitlines()[0] == "checkpoint,sentiment_analysis,misc"
+
+
+def test_prompts_without_room_are_named(held_out, tmp_path):
+    with pytest.raises(InputError, match="no room for 1020 tokens, the first is uid"):
+        evaluate(EvalConfig.model_validate(
+            {"models": [STARTER], "data": str(held_out / "data"), "out": str(tmp_path / "o"), "max_new_tokens": 1020}
+        ))  # fmt: skip
+
+
+def test_fisher_is_the_mean_square_of_one_gradient_a_sample():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1, max_position_embeddings=16)).eval()  # fmt: skip
+    batches = [{"input_ids": torch.tensor([ids]), "loss_mask": torch.tensor([[False] + [True] * (len(ids) - 1)])}
+               for ids in ([1, 2, 3], [4, 5], [6, 7, 8, 9])]  # fmt: skip
+    found = estimate(model, iter(batches))
+    name = "model.norm.weight"
+    squares = []
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"]).logits[0, :-1]
+        logp = torch.log_softmax(logits, -1).gather(-1, batch["input_ids"][0, 1:, None]).sum()
+        squares.append(torch.autograd.grad(logp, model.model.norm.weight)[0].square())
+    assert torch.allclose(found[name], torch.stack(squares).mean(0), rtol=1e-4, atol=1e-7)
+    assert all((value >= 0).all() for value in found.values())
+
+
+def test_fisher_is_stored_with_its_anchor_and_read_back(held_out, tmp_path):
+    folder = fisher(FisherConfig.model_validate(
+        {"model": STARTER, "data": [str(held_out / "data")], "out": str(tmp_path / "f"), "samples": 3}))  # fmt: skip
+    found = read_fisher(folder)
+    assert found.fisher.keys() == found.anchor.keys()
+    assert max(float(v.max()) for v in found.fisher.values()) > 0
+    assert json.loads((folder / "fisher.json").read_text())["samples"] == 3
+    with pytest.raises(InputError, match="no rows of origin augmented"):
+        fisher(FisherConfig.model_validate({"model": STARTER, "data": [str(held_out / "data")],
+                                            "out": str(tmp_path / "g"), "origins": ["augmented"]}))  # fmt: skip
+    with pytest.raises(InputError, match="not a Fisher folder"):
+        read_fisher(tmp_path)
