@@ -170,7 +170,8 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     try:
         return TrainingArguments(
             **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
-               "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True, **theirs},
+               "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True,
+               "ddp_find_unused_parameters": False, **theirs},
             output_dir=config.out, bf16=half, remove_unused_columns=False, average_tokens_across_devices=True,
             label_names=["loss_mask"],
         )  # fmt: skip
