@@ -18,17 +18,15 @@ from curate.manifest.card import card
 from curate.manifest.schema import (
     DROPS,
     INSTRUCTIONS,
-    MESSAGE,
     SAMPLES,
     TAGS,
     TASKS,
     TOOL_MESSAGE,
-    Table,
 )
 from curate.policy import PolicyWork
 
-PACKAGES = ("numpy", "polars", "POT", "scikit-learn", "scipy", "sentence-transformers", "spacy", "spacy-lookups-data",
-            "torch", "transformers")  # fmt: skip
+PACKAGES = ("numpy", "polars", "POT", "scikit-learn", "rouge-score", "scipy", "sentence-transformers", "spacy",
+            "spacy-lookups-data", "torch", "transformers")  # fmt: skip
 
 
 def assemble(
@@ -67,13 +65,6 @@ def assemble(
     return frames, provenance, card(frames, provenance)
 
 
-def fit(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """The table's columns in their order; columns that a build does not fill are null."""
-    absent = {name: pl.lit(None, dtype=dtype) for name, dtype in table.schema.items() if name not in frame.columns}
-    wanted: Any = {name: dtype for name, dtype in table.schema.items() if dtype != pl.List(MESSAGE)}
-    return frame.with_columns(**absent).select(list(table.schema)).cast(wanted)
-
-
 def picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.DataFrame:
     """The rows of a task that go into samples, sorted by uid: all of the current task, the drawn ones of another."""
     rows = task.scan()
@@ -98,7 +89,7 @@ def _samples(rows: pl.DataFrame, instructions: pl.DataFrame, losses: pl.DataFram
         named = losses.rename({"uid": "source_uid"})
         rows = rows.join(named, on="source_uid", how="left", maintain_order="left")
     rows = rows.sort("stage", "uid")
-    return fit(_plain_messages(rows).with_columns(weight=pl.lit(1.0)), SAMPLES)
+    return SAMPLES.fit(_plain_messages(rows).with_columns(weight=pl.lit(1.0)))
 
 
 def with_augmentations(frames: dict[str, pl.DataFrame], theta: float) -> dict[str, pl.DataFrame]:
@@ -111,7 +102,7 @@ def with_augmentations(frames: dict[str, pl.DataFrame], theta: float) -> dict[st
         origin=pl.lit("augmented"), references=pl.concat_list(answer), augmentation="template", weight=pl.lit(1.0),
         written_by=pl.lit("policy"),
     )  # fmt: skip
-    new = _like(fit(new, SAMPLES), samples)
+    new = _like(SAMPLES.fit(new), samples)
     reasons = [why_dropped(fault, theta) for fault in joined.filter(~pl.col("kept"))["fault"]]
     instruction = frames["instructions"].select("task", "instruction", pl.col("uid").alias("instruction_uid"))
     out = joined.filter(~pl.col("kept")).with_columns(
@@ -124,7 +115,7 @@ def with_augmentations(frames: dict[str, pl.DataFrame], theta: float) -> dict[st
     return {
         **frames,
         "samples": pl.concat([samples, new]).sort("stage", "origin", "uid", descending=[False, True, False]),
-        "drops": pl.concat([drops, fit(out.filter(first), DROPS)]).sort("stage", "row", "uid"),
+        "drops": pl.concat([drops, DROPS.fit(out.filter(first))]).sort("stage", "row", "uid"),
     }
 
 
@@ -150,7 +141,7 @@ def counted(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
             *((pl.col("bucket") == b).sum().cast(pl.Int64).alias(str(b)) for b in Bucket),
         )
         tasks = tasks.drop("rollouts", *map(str, Bucket)).join(counts, on="task", how="left", maintain_order="left")
-    return fit(tasks, TASKS)
+    return TASKS.fit(tasks)
 
 
 def _plain_messages(rows: pl.DataFrame) -> pl.DataFrame:
@@ -171,7 +162,7 @@ def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFra
     frame = pl.concat(each).join(drawn, on="uid", how="left", maintain_order="left")
     if scored is not None:
         frame = frame.join(scored.drop("rarest", "fault"), on="uid", how="left", maintain_order="left")
-    return fit(frame, INSTRUCTIONS)
+    return INSTRUCTIONS.fit(frame)
 
 
 def _untagged(instructions: pl.DataFrame, scored: pl.DataFrame | None) -> dict[str, int]:
@@ -207,7 +198,7 @@ def _tasks(
             if distances is not None:
                 row |= {"distance": distances[place].value, "distance_bound": distances[place].bound}
         found.append({name: row.get(name) for name in TASKS.schema})
-    return fit(pl.DataFrame(found, schema=TASKS.schema), TASKS)
+    return TASKS.fit(pl.DataFrame(found, schema=TASKS.schema))
 
 
 def _reason(quota: int, granted: int, rows: int, untagged: int) -> str | None:
@@ -251,8 +242,8 @@ def _drops(
                 step=pl.when(pl.col("fault").is_null()).then("step").otherwise(pl.lit("tags")),
                 reason=pl.coalesce(pl.lit("its instruction has no tags: ") + pl.col("fault"), "reason"),
             )
-        every.append(fit(out, DROPS))
-    return pl.concat([fit(each, DROPS) for each in every]).sort("stage", "row", "uid")
+        every.append(DROPS.fit(out))
+    return pl.concat([DROPS.fit(each) for each in every]).sort("stage", "row", "uid")
 
 
 def _packages() -> dict[str, str]:

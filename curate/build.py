@@ -94,7 +94,13 @@ class Build:
         if self.needs_vectors:
             _ = self.embedder.fingerprint
         for model in (self.policy, self.reference if "reference_loss" in self.selector.needs else None, self.tagger):
-            _ = model and model.fingerprint
+            _ = model and (model.fingerprint, model.tokenizer_fingerprint)  # a tokenizer of another model shows here
+        if self.policy and self.reference and "reference_loss" in self.selector.needs:
+            if self.policy.tokenizer_fingerprint != self.reference.tokenizer_fingerprint:
+                raise InputError(
+                    "policy and reference have different tokenizers, so their losses a token cannot be compared",
+                    remedy="name as reference an earlier checkpoint of the same model",
+                )
         if self.config.rollouts:
             _ = open_reward(self.config.rollouts.reward, self.base, self.embedder).fingerprint
 
@@ -418,9 +424,10 @@ class Build:
 
     def models(self) -> dict[str, Any]:
         """The language models that this build asks, each with the hash of its weights."""
-        asked = {"policy": self.policy, "reference": self.reference, "tagger": self.tagger}
+        reference = self.reference if "reference_loss" in self.selector.needs else None
+        asked = {"policy": self.policy, "reference": reference, "tagger": self.tagger}
         return {
-            name: {"fingerprint": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
+            name: {"fingerprint": model.fingerprint, "tokenizer": model.tokenizer_fingerprint, "how": model.how}
             for name, model in asked.items()
             if model is not None
         }

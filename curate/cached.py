@@ -15,7 +15,7 @@ import polars as pl
 
 from curate.blocks import Advance, Blocks
 from curate.errors import InputError
-from curate.manifest.schema import content_hash
+from curate.manifest.schema import content_hash, plain_message
 from curate.models.base import Completion, Generator, Message, Prompt, Sampling, Scorer
 from curate.store import Store
 
@@ -130,7 +130,7 @@ def _completion(row: dict[str, Any]) -> Completion:
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if v is not None} for m in messages]
+    return [plain_message(m) for m in messages]
 
 
 def _name(prompt: Prompt) -> str:

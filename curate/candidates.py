@@ -57,7 +57,7 @@ def similarity(rolled: pl.DataFrame, rows: pl.DataFrame, embeddings: Any) -> pl.
 
 
 def brought(rows: pl.DataFrame) -> pl.DataFrame:
-    """The ranked answers that rows bring with them: source_uid, text, rank, score, prompt, tools; best first."""
+    """The ranked answers that rows bring with them: source_uid, text, rank, score; best first."""
     ranked = rows.filter(pl.col("candidates").list.len() > 0)
     return (
         ranked.select(pl.col("uid").alias("source_uid"), "candidates")
@@ -87,7 +87,7 @@ def measured(answers: pl.DataFrame, scores: Sequence[Completion | None]) -> pl.D
 
 
 def with_uids(frame: pl.DataFrame, prompt_uid: dict[str, str]) -> pl.DataFrame:
-    """The columns `uid` and `prompt_uid`: of completions in their final order, of prompts by their final uid.
+    """The columns `uid` and `prompt_uid`, of prompts by their final uid.
 
     `frame` has source_uid, origin, text; equal texts of one prompt and origin are told apart by their number.
     """

@@ -113,7 +113,9 @@ class ReplayConfig(Section):
         None, allow_inf_nan=False, description="completions: policy: a rollout counts only with at least this reward"
     )
     fallback: Literal["gold", "drop"] = Field(
-        "gold", description="completions: policy: a prompt without such a rollout keeps its old answer, or is left out"
+        "gold",
+        description="completions: policy: a prompt without such a rollout keeps its old answer, or is left out (and "
+        "listed in drops; no other row takes its place)",
     )
 
     @model_validator(mode="before")
@@ -141,6 +143,11 @@ class ModelConfig(Section):
     )
     batch_size: int = Field(32, gt=0, le=65536, description="sequences a forward pass; halved when memory runs out")
     base_url: str | None = Field(None, description="api only: http://localhost:8000/v1")
+    revision: str | None = Field(
+        None,
+        description="api only: names the weights that the server has now (a checkpoint's name or hash); kept answers "
+        "belong to it. A server does not tell, so `policy` and `reference` must say",
+    )
     api_key_env: str = Field(
         "OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="api only: NAME of the environment variable that holds the key; the key itself never stands here",
@@ -155,6 +162,8 @@ class ModelConfig(Section):
     def _server_has_address(self) -> ModelConfig:
         if (self.backend == "api") != (self.base_url is not None):
             raise ValueError("`base_url` is given with `backend: api`, and only then")
+        if self.revision is not None and self.backend != "api":
+            raise ValueError("`revision` belongs to `backend: api`; weights on disk are hashed")
         if self.base_url is not None:
             parts = urlsplit(self.base_url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -256,10 +265,18 @@ class RolloutsConfig(Section):
         ("current", "replay"), min_length=1, description="whose prompts are answered"
     )
     temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False, description="0 = greedy, for k: 1 only")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 = the whole distribution")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling; below 1 the stored log-probabilities are of the nucleus, which serves the "
+        "buckets but not methods that compare them with the whole distribution (CPPO, COPR)",
+    )
     max_new_tokens: int = Field(128, gt=0, description="longest completion in tokens")
     reward: RewardConfig = Field(RewardConfig.model_validate({}), description="how good a completion is")
-    block: int = Field(64, gt=0, description="prompts that are kept together: what a killed build can lose")
+    block: int = Field(
+        64, gt=0, description="prompts that are kept together: a rollout batch, and what a killed build can lose"
+    )
 
     @model_validator(mode="after")
     def _greedy_is_one(self) -> RolloutsConfig:
@@ -274,12 +291,14 @@ class BucketsConfig(Section):
     k: float = Field(0.5, ge=0, allow_inf_nan=False, description="threshold in standard deviations")
     logp: Literal["mean", "sum"] = Field("mean", description="log-probability of a completion over its tokens")
     population: Literal["task", "all", "batch"] = Field(
-        "task", description="what a rollout is standardised over: its task, the whole set, or its block of prompts"
+        "task",
+        description="what a rollout is standardised over: its task, the whole set, or its rollout batch (prompts of "
+        "like length, `rollouts.block` of them); of the prompts that are in the set",
     )
 
 
 class CandidatesConfig(Section):
-    """Ranked sets for COPR, align / conflict for PBL: both from the rollouts and from what the data brings."""
+    """Ranked sets for COPR, from rollouts and from what the data brings; align / conflict for PBL, from rollouts."""
 
     rank: bool = Field(True, description="rank a prompt's rollouts by reward, ties kept")
     score: bool = Field(
@@ -376,6 +395,18 @@ class BuildConfig(Section):
         if replay.selector == "perplexity_ratio" and self.reference is None:
             raise ValueError(
                 "`replay.selector: perplexity_ratio` needs `reference: {model: FOLDER}`, the policy before it forgot"
+            )
+        for role in ("policy", "reference"):
+            model: ModelConfig | None = getattr(self, role)
+            if model is not None and model.backend == "api" and model.revision is None:
+                raise ValueError(
+                    f"`{role}.revision` is needed with `backend: api`: a name for the weights behind the server now, "
+                    "so that answers of an older checkpoint are not taken for this one's"
+                )
+        if replay.completions == "policy" and replay.min_reward is None:
+            raise ValueError(
+                "`replay.completions: policy` needs `replay.min_reward`, in the unit of `rollouts.reward` (rouge_l, "
+                "exact and contains: 0 to 1): replaying bad answers is worse than replaying the old ones"
             )
         if self.rollouts is None:
             for key, on in (("replay.completions: policy", replay.completions == "policy"),

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from curate.errors import InputError
-from curate.manifest import Manifest
+from curate.manifest import Manifest, sequence_logp
 
 SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
 
@@ -95,7 +95,9 @@ def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
         )
     rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
     if rolled.height:
-        best = rolled.sort("reward", descending=True, nulls_last=True).row(0, named=True)
+        logp = pl.Series("logp", [sequence_logp(p) for p in rolled["token_logps"]]).fill_nan(None)
+        order = rolled.with_columns(logp).sort("reward", "logp", descending=True, nulls_last=True)
+        best = order.row(0, named=True)
         counts = rolled.group_by("bucket").len().sort("bucket")
         buckets = ", ".join(f"{n} {name}" for name, n in counts.iter_rows() if name)
         sides = ", ".join(f"{n} {name}" for name, n in rolled.group_by("side").len().sort("side").iter_rows() if name)

@@ -280,12 +280,12 @@ def _candidates(value: Any) -> list[Candidate]:
 
 
 def _ranks(ranks: list[float | None], scores: list[float | None]) -> list[int]:
-    """The ranks as given; where they are not, 1 + the number of candidates with a higher score."""
+    """1 + the number of better candidates, by the given ranks (1, 1, 2 becomes 1, 1, 3), or else by their scores."""
     if all(rank is not None for rank in ranks):
         given = [int(rank) for rank in ranks if rank is not None]
         if any(rank != whole or not 1 <= whole < 2**31 for rank, whole in zip(ranks, given, strict=True)):
             raise RowFault("ranks must be whole numbers from 1 (the best)", "candidates")
-        return given
+        return [1 + sum(other < rank for other in given) for rank in given]
     known = [score for score in scores if score is not None]
     if len(known) < len(scores):
         raise RowFault("every candidate needs a rank, or every one a score", "candidates")

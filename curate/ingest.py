@@ -17,7 +17,7 @@ from curate.config import TaskConfig
 from curate.manifest.schema import DROPS, TOOL_MESSAGE, canonical_json, content_hash, instruction_uid, sample_uid
 from curate.readers import BadRow, Row, read
 
-VERSION = 1
+VERSION = 2
 PART = 16_384
 
 CANDIDATE = pl.Struct({"text": pl.String, "rank": pl.Int32, "score": pl.Float64})

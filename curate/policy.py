@@ -15,6 +15,7 @@ from curate import augment, candidates
 from curate.cached import Cached
 from curate.config import BuildConfig, ModelConfig
 from curate.embed import Embeddings
+from curate.errors import InputError
 from curate.ingest import TaskRows
 from curate.manifest import Rule
 from curate.manifest.schema import AUGMENTATIONS, COMPLETIONS, DROPS, sample_uid
@@ -73,6 +74,9 @@ class PolicyStages:
         if rolled is not None and self.config.replay.completions == "policy":
             rows, gold, drops = on_policy(rows, rolled, self.config)
             self.facts["on_policy"] = {"replaced": gold.height, "dropped": drops.height}
+            if drops.height:
+                self.screen.note(f"{drops.height:,} drawn rows are left out: the policy has no good answer to them "
+                                 "(replay.fallback: drop); drops.parquet lists them")  # fmt: skip
         completions = self.completions(rows, rolled, gold)
         augmentations = self.augmented(rows, tasks)
         return PolicyWork(rows, completions, augmentations, drops, self.facts)
@@ -101,13 +105,22 @@ class PolicyStages:
             and rolled.height
             and rolled.group_by("source_uid").agg(pl.col("text").n_unique())["text"].max() == 1
         ):
-            self.screen.note(f"all {config.k} rollouts are alike for every prompt: does the server sample at all?")
+            self.screen.note(
+                f"all {config.k} rollouts are alike for every prompt: a sure policy, or a server that does not sample "
+                "(it may follow its own generation_config.json)"
+            )
+        if n := rolled["token_logps"].null_count():
+            self.screen.note(
+                f"{n:,} rollouts have no log-probabilities, so their bucket is `normal`: the server gives none, or "
+                "only at temperature 1 with top_p 1"
+            )
         if n := rolled["reward"].null_count():
             self.screen.note(f"{n:,} rewards are not a number: those rollouts are unranked and in the bucket `normal`")
         self.facts["rollouts"] = {
             **asdict(sampling_of(config, seed)), "prompts": len(prompts), "skipped": sorted(skipped),
             "reward": reward.fingerprint, "unfinished": int((~rolled["finished"]).sum()),
-            "no_reward": rolled["reward"].null_count(), **self._usage(rolled),
+            "no_reward": rolled["reward"].null_count(), "no_logps": rolled["token_logps"].null_count(),
+            **self._usage(rolled),
         }  # fmt: skip
         return rolled
 
@@ -135,7 +148,7 @@ class PolicyStages:
         final = dict(rows.select("source_uid", "uid").iter_rows())
         every = candidates.with_uids(every, final).sort("stage", "prompt_uid", "origin", "rank", "number", "uid",
                                                        nulls_last=True)  # fmt: skip
-        return _fit(every, COMPLETIONS)
+        return COMPLETIONS.fit(every)
 
     def brought(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Ranked answers of the data, with log-probabilities where there is a policy that can measure them."""
@@ -153,9 +166,16 @@ class PolicyStages:
         pairs = candidates.pairs_of(answers, sources)
         with self.stage("score", self.policy.to_score(pairs), len(pairs), "answers") as done:
             found = self.policy.score(pairs, done)
-        self._note([p.uid for (p, _), c in zip(pairs, found, strict=True) if c is None],
-                   "ranked answers do not fit the policy's context; their log-probabilities are null")  # fmt: skip
-        self.facts["scored"] = {"answers": len(pairs), "too_long": sum(c is None for c in found)}
+        out = sorted({p.uid for (p, _), c in zip(pairs, found, strict=True) if c is None})
+        if out and self.config.too_long == "error":
+            row = sources.filter(uid=out[0]).row(0, named=True)
+            raise InputError(
+                f"task {row['task']!r}: row {row['row']}: a ranked answer does not fit the policy's context behind its "
+                "prompt, so its log-probability cannot be measured",
+                remedy="shorten the row, set candidates.score=false, or set too_long: skip",
+            )
+        self._note(out, "rows have ranked answers that do not fit the policy's context; log-probabilities are null")
+        self.facts["scored"] = {"answers": len(pairs), "skipped": out}
         return self._by_policy(candidates.measured(scored, found))
 
     def judged(self, rolled: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
@@ -277,7 +297,8 @@ def on_policy(
     every, gold, drops = [], [], []
     for row in rows.iter_rows(named=True):
         uid = row["uid"]
-        if row["origin"] != "replay" or (uid not in found and config.replay.fallback == "gold"):
+        tools = bool(row["tools"]) or any(m["tool_calls"] for m in row["completion"])  # a call is more than its text
+        if row["origin"] != "replay" or tools or (uid not in found and config.replay.fallback == "gold"):
             every.append(row)
         elif uid not in found:
             drops.append({**row, "step": "rollout", "reason": _no_rollout(row, uid in top, config.replay.min_reward),
@@ -314,13 +335,7 @@ def finish_augmentations(frame: pl.DataFrame, rows: pl.DataFrame, theta: float) 
     every = every.with_columns(uid=pl.Series(uids, dtype=pl.String), score=pl.Series(scores, dtype=pl.Float64)).pipe(
         augment.decided, theta
     )
-    return _fit(every, AUGMENTATIONS).sort("parent_uid", "template")
-
-
-def _fit(frame: pl.DataFrame, table: Any) -> pl.DataFrame:
-    """The table's columns in their order, null where the frame lacks one."""
-    absent = {name: pl.lit(None, dtype=dtype) for name, dtype in table.schema.items() if name not in frame.columns}
-    return frame.with_columns(**absent).select(list(table.schema)).cast(pl.Schema(table.schema))
+    return AUGMENTATIONS.fit(every).sort("parent_uid", "template")
 
 
 def usage(requests: int, prompt_tokens: int, completion_tokens: int, model: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,12 @@
 """Rollouts: K completions of a prompt by the policy, their log-probabilities, their rewards, and the best of them.
 
 Everything here is a table in and a table out; what is asked of a model goes through `Cached`, so a build that is
-killed in the middle of a task goes on where it stopped. Source of on-policy replay: arXiv 2605.29495.
+killed in the middle of a task goes on where it stopped.
+
+Departures from on-policy replay (arXiv 2605.29495): rows are drawn first, by any selector, and each drawn prompt gets
+the best of K answers at the sampling temperature that reach `min_reward`; the official code writes one answer
+(temperature 0.1) for every old prompt and fills the buffer with the highest rewards. Where no answer is good enough the
+old one stays, or the row is left out. A reward that compares with the references prefers answers like the old ones.
 """
 
 from __future__ import annotations

@@ -168,13 +168,16 @@ def _equal(pools: Sequence[Pool], distances: Floats | None) -> Floats:
     return np.ones(len(pools))
 
 
-def _by_mean_score(pools: Sequence[Pool], distances: Floats | None) -> Floats:
-    """Mean of the rows' scores; a task that nothing could be measured of counts as one that lost nothing."""
+def _by_ratio(pools: Sequence[Pool], distances: Floats | None) -> Floats:
+    """Perplexity ratio of each task, exp(mean(loss - reference loss)): the geometric mean of its rows' ratios.
+
+    A task that nothing could be measured of counts as one that lost nothing: 1.
+    """
     found = []
     for pool in pools:
         assert pool.row_scores is not None
-        measured = pool.row_scores[np.isfinite(pool.row_scores)]
-        found.append(float(measured.mean()) if len(measured) else 0.0)
+        measured = pool.row_scores[np.isfinite(pool.row_scores) & (pool.row_scores > 0)]
+        found.append(float(np.exp(np.log(np.sort(measured)).mean())) if len(measured) else 1.0)
     return np.array(found, np.float64)
 
 
@@ -326,8 +329,8 @@ SELECTORS: dict[str, Selector] = {
         "equal share a task, rows with the highest loss under the policy", _equal, draw_highest, frozenset({"loss"})
     ),
     "perplexity_ratio": Selector(
-        "tasks by mean perplexity ratio of policy to reference, rows with the highest ratio (after RGD-R)",
-        _by_mean_score, draw_highest, frozenset({"loss", "reference_loss"}),
+        "tasks by perplexity ratio of policy to reference, rows with the highest ratio (after RGD-R)",
+        _by_ratio, draw_highest, frozenset({"loss", "reference_loss"}),
     ),
     "none": Selector("no replay", _equal, draw_nothing),
 }  # fmt: skip

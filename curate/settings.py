@@ -140,6 +140,8 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
+    if place.endswith("api_key_env"):
+        return f"{place}: give the NAME of an environment variable; what was given is not shown, it may be a key"
     shown = f" (given: {repr(given)[:100]})" if isinstance(given, str | int | float | bool) else ""
     return f"{place}: {message}{shown}" if place else message
 

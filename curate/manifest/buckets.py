@@ -62,7 +62,8 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
     """Bucket of every row, as an array of strings.
 
     high_performance z_P > k, z_R > k; overfitting z_P > k, z_R < -k; high_variance z_P < -k, z_R > k;
-    noisy z_P < -k, z_R < -k; else normal. All inequalities are strict; NaN and a deviation of 0 give normal.
+    noisy z_P < -k, z_R < -k; else normal. All inequalities are strict; NaN and a deviation of 0 give normal. Scores are
+    compared at 9 decimals: a binary reward may lie on the threshold exactly, and its unit must not decide.
 
     Args:
         logp: [n] log-probability of each completion, nats.
@@ -79,7 +80,7 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
     """
     if not k >= 0:
         raise ValueError(f"k must be ≥ 0, not {k}")
-    z_p, z_r = stats.z(logp, reward)
+    z_p, z_r = (np.round(z, 9) for z in stats.z(logp, reward))
     with np.errstate(invalid="ignore"):  # NaN compares false, which is normal
         rules = [
             ((z_p > k) & (z_r > k), Bucket.HIGH_PERFORMANCE),

@@ -51,6 +51,7 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
         f"{rolled.height:,} completions of {rolled['prompt_uid'].n_unique():,} prompts, {facts['k']} each, at "
         f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
         f"({(~rolled['finished']).sum():,} were cut there). Reward: `{escape(facts['reward'][:80])}`"
+        + (f"; {n:,} have no log-probabilities" if (n := rolled["token_logps"].null_count()) else "")
         + (f"; {n:,} rewards are not a number" if (n := rolled["reward"].null_count()) else "")
         + (f". {len(facts['skipped']):,} prompts are too long for the policy" if facts["skipped"] else "")
         + ".",

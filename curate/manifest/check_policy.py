@@ -70,11 +70,24 @@ def answers(m: Manifest) -> Iterator[str]:
     wrong = rolled.with_columns(right=right).filter(pl.col("rank").ne_missing(pl.col("right")))
     for uid, rank, expected in wrong.select("uid", "rank", "right").iter_rows():
         yield f"completions.parquet: uid {uid}: rank {rank}, its reward gives {expected}"
+    least = (m.provenance["config"].get("replay") or {}).get("min_reward")
+    ranked = m.completions.filter(pl.col("origin").is_in(["human", "annotated"]) & pl.col("rank").is_not_null())
+    place = pl.col("rank").rank("min").over("prompt_uid").cast(pl.Int32)
+    for uid, rank, expected in ranked.with_columns(place=place).filter(pl.col("rank") != pl.col("place")).select(
+        "uid", "rank", "place"
+    ).iter_rows():  # fmt: skip
+        yield f"completions.parquet: uid {uid}: rank {rank}, {expected - 1} answers of its prompt are better"
     known = {(o, p, t) for o, p, t in m.completions.select("origin", "prompt_uid", "text").iter_rows()}
     replaced = m.samples.filter(pl.col("origin") != "augmented", written_by="policy")
     for uid, completion, references in replaced.select("uid", "completion", "references").iter_rows():
-        if ("policy", uid, completion[0]["content"]) not in known:
+        text = completion[0]["content"]
+        if ("policy", uid, text) not in known:
             yield f"samples.parquet: uid {uid}: its answer is the policy's, but is no rollout in completions.parquet"
+            continue
+        good = m.completions.filter(pl.col("finished").fill_null(True), origin="policy", prompt_uid=uid)
+        best, mine = good["reward"].max(), good.filter(text=text)["reward"].max()
+        if mine is None or mine != best or (least is not None and mine < least):
+            yield f"samples.parquet: uid {uid}: its answer has reward {mine!r}, the best {best!r}, the least {least}"
         if ("gold", uid, references[0]) not in known:
             yield f"completions.parquet: the source's answer to prompt_uid {uid}, which gave way, is not there"
 

@@ -89,6 +89,12 @@ class Table:
         """Column name -> polars type, in the order of the file."""
         return {name: column.dtype for name, column in self.columns.items()}
 
+    def fit(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The table's columns of a frame, in their order and types; columns that it lacks are null."""
+        absent = {name: pl.lit(None, dtype=dtype) for name, dtype in self.schema.items() if name not in frame.columns}
+        wanted: Any = {name: dtype for name, dtype in self.schema.items() if dtype != pl.List(MESSAGE)}
+        return frame.with_columns(**absent).select(list(self.schema)).cast(wanted)
+
     def empty(self) -> pl.DataFrame:
         """The table without rows."""
         return pl.DataFrame(schema=self.schema)
@@ -160,13 +166,20 @@ COMPLETIONS = Table(
         "prompt_uid": Column(pl.String, "uid of the sample whose prompt was answered"),
         "task": _TASK,
         "stage": _STAGE,
-        "origin": Column(pl.String, "who wrote it", values=tuple(Source)),
+        "origin": Column(
+            pl.String,
+            "policy: a rollout; gold: the source's own answer, where a rollout took its place; human, annotated: an "
+            "answer of the source that people, or something else, ranked",
+            values=tuple(Source),
+        ),
         "text": Column(pl.String, "the completion as text"),
-        "token_ids": Column(pl.List(pl.Int32), "its tokens under `tokenizer`", null="not tokenised"),
+        "token_ids": Column(
+            pl.List(pl.Int32), "its tokens under `tokenizer`", null="not tokenised, or the server does not tell"
+        ),
         "token_logps": Column(
             pl.List(pl.Float32),
-            "log-probability of each token in nats under `policy`, of the "
-            "processed distribution that it was sampled from",
+            "log-probability of each token in nats under `policy`. Rollouts: of the processed distribution that they "
+            "were sampled from (temperature, top_p; greedy: the plain one). Answers of the data: of the plain one",
             null="not measured",
         ),
         "n_tokens": Column(pl.Int32, "number of tokens", null="not tokenised"),

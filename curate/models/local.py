@@ -61,7 +61,17 @@ class LocalModel:
     @property
     def how(self) -> str:
         """What else decides the last bit of a number: device, dtype and what shares a forward pass."""
-        return f"{self.config.dtype} on {self.config.device or 'default device'}, {self.config.batch_size} at once"
+        device, dtype = self.place
+        return f"{dtype} on {device}, {self.config.batch_size} at once"
+
+    @cached_property
+    def place(self) -> tuple[str, str]:
+        """(device, dtype), with what "by default" and "auto" mean on this machine."""
+        import torch
+
+        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        half = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and device.startswith("cuda"))
+        return device, "bfloat16" if half else "float32"
 
     # --- what can be asked ---
 
@@ -153,12 +163,11 @@ class LocalModel:
         from transformers import AutoModelForCausalLM
 
         quiet()
-        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        half = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and device.startswith("cuda"))
+        device, dtype = self.place
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                dtype=torch.bfloat16 if half else torch.float32, output_loading_info=True,
+                dtype=getattr(torch, dtype), output_loading_info=True,
             )  # fmt: skip
             model, info = loaded[0].to(device), loaded[1]
         except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used

@@ -1,7 +1,8 @@
 """A language model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`, or a paid service.
 
 One request a completion (`n` is not widely known), each with its own seed. An answer is on the disk before anything
-else happens, so that no call is paid twice: not after a kill, nor by a second process with the same cache.
+else happens, so that what was answered is not paid for again, after a kill or by a later build with the same cache.
+(What is under way at a kill, or asked by two builds at once, is.)
 
 What a server decides, and we cannot see:
 
@@ -63,7 +64,8 @@ class ServerModel:
     @property
     def fingerprint(self) -> str:
         """Address and name; a server does not tell which weights are behind them."""
-        return f"api:{self.base_url}#{self.config.model}"
+        revision = f"@{self.config.revision}" if self.config.revision else ""
+        return f"api:{self.base_url}#{self.config.model}{revision}"
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -102,7 +104,7 @@ class ServerModel:
             body["seed"] = int(content_hash([sampling.seed, prompt.uid, number])[:8], 16) >> 1  # 31 bits: all take it
         if sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1):
             body["logprobs"] = True
-        return _Request(prompt.uid, content_hash([self.base_url, "chat/completions", body]), body)
+        return _Request(prompt.uid, content_hash([self.fingerprint, "chat/completions", body]), body)
 
     def _run(self, requests: Sequence[_Request]) -> dict[str, Completion]:
         """In the event loop of a new thread, since this one may have a loop: a notebook. Ctrl-C here cancels there."""
@@ -264,7 +266,8 @@ def _completion(response: Any) -> Completion:
         raise ValueError(f"no content (finish_reason {reason!r})")
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character where it was cut
     n_tokens, prompt_tokens = (count if isinstance(count, int) else None for count in counts)
-    return Completion(text, None, _logps(choice, n_tokens), n_tokens, reason != "length", prompt_tokens)
+    finished = {"stop": True, "tool_calls": True, "length": False}.get(str(reason))
+    return Completion(text, None, _logps(choice, n_tokens), n_tokens, finished, prompt_tokens)
 
 
 def _logps(choice: dict[str, Any], n_tokens: int | None) -> list[float] | None:

@@ -71,6 +71,14 @@ def test_an_affine_change_of_reward_changes_no_bucket(rows, rule, scale, shift):
     assert other.to_list() == bucket.to_list()
 
 
+def test_rewards_on_the_edge_are_normal_in_every_unit():
+    # 4 of 5 right: mean 0.8, deviation 0.4, so z_R of a right answer is 0.5 exactly, which is not above k = 0.5
+    for unit in (1.0, 0.1, 3.0, 1e-6):
+        rows = [("t", 0, [p], unit * r) for p, r in zip((-1.0, -9.0, -2.0, -3.0, -4.0), (1, 1, 1, 1, 0), strict=True)]
+        bucket, _ = Rule(0.5).assign(frame(rows))
+        assert bucket.to_list() == ["normal"] * 5
+
+
 @given(rollouts, st.sampled_from(["mean", "sum"]))
 def test_a_population_does_not_look_at_another(rows, logp):
     rule, table = Rule(0.3, logp, "task"), frame(rows)
@@ -276,7 +284,8 @@ def test_an_answer_of_the_policy_must_be_a_rollout_and_the_sources_must_be_kept(
     samples = pl.DataFrame([swapped], schema=SAMPLES.schema)
     gold = {n: None for n in m.completions.columns} | {"uid": "g", "prompt_uid": swapped["uid"], "task": "t",
                                                        "stage": 1, "origin": "gold", "text": "gold"}  # fmt: skip
-    rolled = m.completions.with_columns(prompt_uid=pl.lit(swapped["uid"]))
+    alike = {"reward": pl.lit(1.0), "rank": pl.lit(1, dtype=pl.Int32)}
+    rolled = m.completions.with_columns(prompt_uid=pl.lit(swapped["uid"]), **alike)
     whole = pl.concat([rolled, pl.DataFrame([gold], schema=rolled.schema)])
     assert list(answers(Manifest(**{**vars(m), "samples": samples, "completions": whole}))) == []
     [fault] = answers(Manifest(**{**vars(m), "samples": samples, "completions": rolled}))
@@ -284,6 +293,12 @@ def test_an_answer_of_the_policy_must_be_a_rollout_and_the_sources_must_be_kept(
     other = whole.with_columns(text=pl.when(uid="x").then(pl.lit("words")).otherwise("text"))
     [fault] = answers(Manifest(**{**vars(m), "samples": samples, "completions": other}))
     assert "is no rollout in completions.parquet" in fault
+    better = whole.with_columns(
+        reward=pl.when(uid="x").then(0.5).otherwise("reward"),
+        rank=pl.when(pl.col("uid") == "x").then(pl.col("rank").sum() + 0).otherwise("rank").cast(pl.Int32),
+    )
+    faults = list(answers(Manifest(**{**vars(m), "samples": samples, "completions": better})))
+    assert any("its answer has reward 0.5, the best 1.0" in fault for fault in faults)
 
 
 # --- the card ---

@@ -338,7 +338,7 @@ def test_ranked(tmp_path: Path) -> None:
         {"text": "b", "rank": 1},
     ]
     row = one(tmp_path, {"question": "q", "candidates": candidates}, "ranked")
-    assert row.candidates == [Candidate("c", 2, 1.0), Candidate("a", 1, None), Candidate("b", 1, None)]
+    assert row.candidates == [Candidate("c", 3, 1.0), Candidate("a", 1, None), Candidate("b", 1, None)]
     assert (row.prompt, row.completion, row.references) == ([user("q")], [assistant("a")], ["a"])
 
 

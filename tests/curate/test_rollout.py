@@ -293,7 +293,7 @@ def test_rewards_are_measured_once(tmp_path):
 def config(**replay):
     return BuildConfig.parse(
         {"tasks": [{"name": "t", "path": "t", "format": "alpaca"}], "policy": {"model": "m"}, "rollouts": {},
-         "replay": {"completions": "policy", **replay}}
+         "replay": {"completions": "policy", "min_reward": 0, **replay}}
     )  # fmt: skip
 
 

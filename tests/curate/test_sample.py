@@ -133,11 +133,11 @@ def test_the_highest_losses_are_drawn_and_unmeasured_rows_last():
     assert draw_highest(p, 2, rng(), Context()).granted.tolist() == [1, 1]
 
 
-def test_tasks_share_by_their_mean_perplexity_ratio():
-    # means of the measured rows: (1 + 3)/2 = 2 and 4; a task without any counts as 0
-    pools = [pool([3], row_scores=np.array([1.0, 3.0, np.nan])), pool([1], row_scores=np.array([4.0])),
+def test_tasks_share_by_their_perplexity_ratio():
+    # geometric means of the measured rows: √(1 · 4) = 2 and 4; a task without any lost nothing: 1
+    pools = [pool([3], row_scores=np.array([1.0, 4.0, np.nan])), pool([1], row_scores=np.array([4.0])),
              pool([1], row_scores=np.array([np.nan]))]  # fmt: skip
-    assert SELECTORS["perplexity_ratio"].shares(pools, None).tolist() == [2.0, 4.0, 0.0]
+    assert SELECTORS["perplexity_ratio"].shares(pools, None).tolist() == pytest.approx([2.0, 4.0, 1.0])
 
 
 def test_a_larger_budget_keeps_the_smaller_ones_rows():

@@ -147,7 +147,7 @@ def server(answer):
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}/v1"
     try:
-        yield {"backend": "api", "base_url": url, "model": "scripted", "api_key_env": VARIABLE}, bodies
+        yield {"backend": "api", "base_url": url, "model": "scripted", "revision": "1", "api_key_env": VARIABLE}, bodies
     finally:
         http.shutdown()
         http.server_close()

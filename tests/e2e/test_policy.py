@@ -277,7 +277,7 @@ def test_explain_tells_of_on_policy_rows(folder, plain):
 def test_on_policy_replay_of_ranked_rows_keeps_their_answers(folder):
     wanted = settings(
         folder, "on-policy-ranked", tasks=[task("ranked", **RANKED), task("facts", **FACTS)],
-        replay={"budget": 3, "completions": "policy"}, augment={"max_new_tokens": 4},
+        replay={"budget": 3, "completions": "policy", "min_reward": 0}, augment={"max_new_tokens": 4},
         rollouts={"k": 2, "max_new_tokens": 16, "origins": ["current"]}, candidates={"score": False},
     )  # fmt: skip
     manifest = build(wanted)
@@ -384,7 +384,8 @@ def test_perplexity_ratio(folder, every_row, noisy):
         ({"replay": {"selector": "perplexity_ratio"}}, "needs `reference"),
         ({"policy": None, "rollouts": {}}, "`rollouts` needs `policy"),
         ({"policy": None, "augment": {}}, "`augment` needs `policy"),
-        ({"replay": {"completions": "policy"}}, "needs `rollouts`"),
+        ({"replay": {"completions": "policy", "min_reward": 0}}, "needs `rollouts`"),
+        ({"replay": {"completions": "policy"}}, "needs `replay.min_reward`"),
         ({"replay": {"min_reward": 0.5}}, "belong to `replay.completions: policy`"),
         ({"candidates": {"similarity": True}}, "needs `rollouts`"),
         ({"rollouts": {"temperature": 0}}, "temperature 0 writes the same completion 4 times"),

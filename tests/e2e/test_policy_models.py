@@ -192,7 +192,8 @@ def test_prompts_that_are_too_long_are_skipped_and_listed(folder):
     screen = Notes()
     wanted = settings(
         folder, "skipped", tasks=LONG, too_long="skip", rollouts={"k": 1, "max_new_tokens": 512, "origins": ["replay"]},
-        replay={"budget": 4, "completions": "policy", "fallback": "drop"}, augment={"max_new_tokens": 512},
+        replay={"budget": 4, "completions": "policy", "min_reward": 0, "fallback": "drop"},
+        augment={"max_new_tokens": 512},
     )  # fmt: skip
     manifest = build(wanted, screen)
     assert check(manifest.folder) == []
