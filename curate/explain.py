@@ -95,8 +95,8 @@ def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
         )
     rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
     if rolled.height:
-        logp = pl.Series("logp", [sequence_logp(p) for p in rolled["token_logps"]]).fill_nan(None)
-        order = rolled.with_columns(logp).sort("reward", "logp", descending=True, nulls_last=True)
+        logp = pl.Series("logp", [sequence_logp(p) for p in rolled["token_logps"].to_list()], dtype=pl.Float64)
+        order = rolled.with_columns(logp.fill_nan(None)).sort("reward", "logp", descending=True, nulls_last=True)
         best = order.row(0, named=True)
         counts = rolled.group_by("bucket").len().sort("bucket")
         buckets = ", ".join(f"{n} {name}" for name, n in counts.iter_rows() if name)

@@ -64,7 +64,7 @@ def test_rollouts_of_a_server(folder, told):
     rolled = manifest.completions
     assert rolled["token_ids"].is_null().all() and rolled["tokenizer"].is_null().all()
     assert rolled["token_logps"].is_null().all() != told
-    assert set(rolled["policy"]) == {f"api:{model['base_url']}#scripted"}
+    assert set(rolled["policy"]) == {f"api:{model['base_url']}#scripted@1"}
     if not told:
         assert set(rolled["bucket"]) == {"normal"}
     facts = manifest.provenance["rollouts"]
