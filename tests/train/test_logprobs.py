@@ -269,6 +269,8 @@ def test_bfloat16_is_summed_in_float32():
 
 def test_autocast():
     model, batch = build("llama untied").float(), batch_of()
+    kinds, linear = [], model.lm_head.forward
+    model.lm_head.forward = lambda hidden: (kinds.append((y := linear(hidden)).dtype), y)[1]
     with torch.autocast("cpu", torch.bfloat16):
         dense = naive(model(batch["input_ids"]).logits.float(), batch)["logps"]
         values = token_values(model, batch, ("logps", "kl"), reference=model, chunk=4)
@@ -281,6 +283,8 @@ def test_autocast():
     for name in expected:
         scale = expected[name].abs().max()
         assert (found[name] - expected[name]).abs().max() <= 0.03 * scale, name
+    assert len(kinds) > 10
+    assert set(kinds) == {torch.bfloat16}  # in the backward pass too, which is run outside
 
 
 class Rounds(nn.Module):
@@ -511,7 +515,7 @@ def fsdp(model: nn.Module) -> nn.Module:
     base = logprobs._causal(model)
     for layer in base.model.layers:
         fully_shard(layer)
-    return fully_shard(model)
+    return fully_shard(model, reshard_after_forward=True)  # its head is gone after the forward, and comes when asked
 
 
 def fsdp_with_the_head_apart(model: nn.Module) -> nn.Module:

@@ -164,10 +164,11 @@ def test_ewc_pulls_back_in_proportion():
 
 
 def test_ewc_of_half_precision_is_summed_in_float32():
-    theta = torch.full((10_000,), 1.0, dtype=torch.bfloat16, requires_grad=True)
-    penalty = ewc_penalty([theta], [torch.zeros(10_000)], [torch.full((10_000,), 0.02)])
+    theta, anchor, fisher = (torch.full((3,), x, dtype=torch.bfloat16) for x in (1.0078125, 1.0, 0.5))  # 1 + 2^-7
+    penalty = ewc_penalty([theta, theta], [anchor, -anchor], [fisher, fisher])
     assert penalty.dtype == torch.float32
-    assert penalty.item() == pytest.approx(100, rel=1e-4)
+    # ½ · 3 · ½ · (2^-14 + (2 + 2^-7)²): in bfloat16 the sum would be 2 and its square 4
+    assert penalty.item() == pytest.approx(0.75 * (2**-14 + (2 + 2**-7) ** 2), rel=1e-6)
 
 
 def test_ewc_refuses_another_model():
