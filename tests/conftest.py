@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,10 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
+
+# Workers of pytest-xdist share the cores: threads of one would wait for those of another. Set before torch is imported,
+# and inherited by every process that a test starts, so that bits that depend on the number of threads agree.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -238,7 +238,7 @@ def _with_head(model: nn.Module, batch: Mapping[str, Tensor], work: Callable[[To
         return CausalLMOutput(logits=found[-1])
 
     with _attribute(causal, "forward", forward):
-        out = model(**_inputs(plain_forward, batch)).logits
+        out = model(**_inputs(causal, batch)).logits
     exact = found[-1]
     if out.dtype == exact.dtype:
         return out
@@ -296,9 +296,11 @@ def _calls(instead: Mapping[nn.Module, Call]) -> Iterator[None]:
         yield
 
 
-def _inputs(plain_forward: Call, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inputs(causal: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the model is called with: the batch, positions counted along a mask, and no cache."""
-    accepted = inspect.signature(plain_forward).parameters
+    accepted = inspect.signature(
+        type(causal).forward
+    ).parameters  # of the class: accelerate may have wrapped the method
     given: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     mask = given.get("attention_mask")
     uncounted = given.get("position_ids") is None and "position_ids" in accepted
@@ -402,7 +404,7 @@ def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if more is None:
         return total
     if total is None:
-        return more.to(torch.promote_types(more.dtype, torch.float32))
+        return more.to(torch.promote_types(more.dtype, torch.float32), copy=True)  # two leaves may share a gradient
     return total.add_(more)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,15 +28,6 @@ SAMPLING = Sampling(k=2, temperature=0.8, top_p=0.95, max_new_tokens=5, seed=4)
 PROMPTS = [Prompt(f"row-{i}", [{"role": "user", "content": f"Name {i} animals."}]) for i in range(7)]
 PAIRS = [(p, [{"role": "assistant", "content": "cat " * i}]) for i, p in enumerate(PROMPTS)]
 SIZE = 3  # 7 prompts: blocks of 3, 3 and 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of a small model only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Counting(LocalModel):

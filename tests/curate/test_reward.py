@@ -25,15 +25,6 @@ PROMPTS = [Prompt(f"row-{i}", [{"role": "user", "content": f"Question {i}: add {
 ANSWERS = ["Two.", "the answer is four, and not five", "six", ""]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of a tiny model only wait for each other: half a second a forward pass on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def embedder():
     return open_embedder(EmbedConfig.model_validate({}))

@@ -5,10 +5,8 @@ from policy_runs import (
     AUGMENT,
     FACTS,
     JUDGE,
-    KEY,
     ROLLOUTS,
     STARTER,
-    VARIABLE,
     judged_by,
     put,
     real,
@@ -22,21 +20,7 @@ from curate.build import build
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """The last bit of a number may depend on the number of threads: here and in every process it is one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv(VARIABLE, KEY)
-        yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(one_thread, tmp_path_factory):
+def folder(tmp_path_factory):
     """Real rows as small tasks, and the starter model beside them."""
     folder = tmp_path_factory.mktemp("policy")
     put(folder / "poem.jsonl", real("superni/sentiment_analysis", 12, task="task833"))

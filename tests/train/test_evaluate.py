@@ -19,14 +19,6 @@ ROOT = Path(__file__).parent.parent.parent
 STARTER = str(ROOT / "examples/starter")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     """Test rows of two categories as one manifest."""

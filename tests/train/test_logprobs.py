@@ -381,6 +381,7 @@ def test_temperature_divides_the_logits(temperature):
     assert_same(ours, dense, atol=1e-8)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 500), st.floats(0.3, 3))
 def test_kl_is_positive_and_zero_for_equal_models(seed, temperature):
     model, batch = shared("gpt2"), batch_of(seed=seed)
@@ -493,6 +494,24 @@ def test_a_head_alone_may_be_trained():
     found = gradients(model, token_logps(model, batch, chunk=4))
     assert_same(found, gradients(model, naive(model(batch["input_ids"]).logits, batch)["logps"]))
     assert found.keys() == {"lm_head.weight"}
+
+
+class Sum(nn.Module):
+    """A head of two summands, whose gradients autograd hands out as one tensor."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(linear.weight.detach() / 3), nn.Parameter(linear.weight.detach() * 2 / 3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ (self.one + self.two).mT
+
+
+def test_any_module_may_be_the_head():
+    model, batch = build("llama untied"), batch_of()
+    model.lm_head = Sum(model.lm_head)
+    expected = gradients(model, naive(model(batch["input_ids"]).logits, batch)["logps"])
+    assert_same(gradients(model, token_logps(model, batch, chunk=2)), expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,15 +25,6 @@ TINY = {"model_type": "llama", "vocab_size": 6144, "hidden_size": 32, "intermedi
         "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on a busy machine wait for each other, and bits are compared here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a manifest of real rows (30 replayed) and the configuration of a tiny model."""
