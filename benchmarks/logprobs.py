@@ -5,7 +5,8 @@
 Naive: `model(ids).logits.float().log_softmax(-1)` and a gather; for KL the dense formula with the logits of a second
 model. Memory is what lives at the worst moment beside what lived before (so without weights, with their gradients):
 on a CPU the storages of all tensors, seen by a dispatch mode, and beside them the growth of the process's resident set,
-which also sees temporaries inside kernels; on a GPU the allocator's own peak. Each path runs in its own process.
+which also sees temporaries inside kernels; on a GPU the allocator's own peak. Time is the best of three runs, on a CPU
+in seconds of the processor. Each path runs in its own process.
 """
 
 from __future__ import annotations
@@ -95,23 +96,29 @@ def measure(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[fl
         return value.item()
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = -time.perf_counter()
     value = once()
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    seconds += time.perf_counter()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     model.zero_grad(set_to_none=True)
     if args.device == "cuda":
         start = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        seconds = -time.perf_counter()  # the first run loaded kernels
         once()
+        peak = torch.cuda.max_memory_allocated() - start
+    else:
+        with Live() as live:
+            once()
+        peak = live.peak
+    return peak / 2**20, grown, min(timed(once, args.device) for _ in range(3)), value
+
+
+def timed(once: Callable[[], float], device: str) -> float:
+    """Seconds; on a CPU those that the process got, for the machine may be shared."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    start = clock()
+    once()
+    if device == "cuda":
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - start) / 2**20, grown, seconds + time.perf_counter(), value
-    with Live() as live:
-        once()
-    return live.peak / 2**20, grown, seconds, value
+    return clock() - start
 
 
 def main() -> None:

@@ -158,6 +158,11 @@ class ModelConfig(Section):
     price_in: float | None = Field(None, ge=0, description="api only: price of a million prompt tokens, for the cost")
     price_out: float | None = Field(None, ge=0, description="api only: price of a million completion tokens")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, data: Any) -> Any:
+        return {"model": data} if isinstance(data, str) else data
+
     @model_validator(mode="after")
     def _server_has_address(self) -> ModelConfig:
         if (self.backend == "api") != (self.base_url is not None):
@@ -192,6 +197,11 @@ class RewardConfig(Section):
     )
     batch_size: int = Field(32, gt=0, description="model only: sequences a forward pass")
     device: str | None = Field(None, description="model only: cpu, cuda, …")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> RewardConfig:
@@ -260,7 +270,12 @@ class RolloutsConfig(Section):
     """Completions that the policy writes itself."""
 
     k: int = Field(4, gt=0, le=1024, description="completions a prompt")
-    per_task: int | None = Field(None, gt=0, description="prompts a task at most, drawn at random; by default all")
+    per_task: int | None = Field(
+        None,
+        gt=0,
+        description="prompts a task at most, drawn at random; by default all (with `replay.completions: policy` every "
+        "replayed prompt is answered, whatever this and `origins` say)",
+    )
     origins: tuple[Literal["current", "replay"], ...] = Field(
         ("current", "replay"), min_length=1, description="whose prompts are answered"
     )
@@ -277,6 +292,11 @@ class RolloutsConfig(Section):
     block: int = Field(
         64, gt=0, description="prompts that are kept together: a rollout batch, and what a killed build can lose"
     )
+
+    @field_validator("origins", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _greedy_is_one(self) -> RolloutsConfig:
@@ -327,6 +347,11 @@ class AugmentConfig(Section):
     max_new_tokens: int = Field(256, gt=0, description="longest rewrite, and longest answer, in tokens")
     corpus: int = Field(20_000, gt=0, description="texts that the word statistics are taken from, at most")
     block: int = Field(64, gt=0, description="rows that are kept together: what a killed build can lose")
+
+    @field_validator("origins", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("templates")
     @classmethod

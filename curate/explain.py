@@ -67,10 +67,13 @@ def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
     yield from _task(m, task)
     instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
     yield from _instruction(m, instruction)
-    yield (
-        f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
-        f"(seed {m.provenance['config']['seed']}); this is one of them."
-    )
+    if sample["loss"] is None:
+        yield (
+            f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
+            f"(seed {m.provenance['config']['seed']}); this is one of them."
+        )
+    else:
+        yield f"Draw: the {task['granted']} of the task's {task['rows']} rows that score highest; this is one of them."
     yield from _losses(sample)
     yield from _policy(m, sample)
 
@@ -88,12 +91,14 @@ def _losses(sample: dict[str, Any]) -> Iterator[str]:
 
 def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
     """What the policy made of the row: whose answer it carries, its rollouts and their buckets, its rewrites."""
-    if sample["written_by"] == "policy":
-        yield (
-            "Answer: the policy's own best rollout, in the place of the source's (on-policy replay), which is kept in "
-            f"completions.parquet: {_line(sample['references'][0])!r}."
-        )
     rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
+    if sample["written_by"] == "policy":
+        mine = rolled.filter(text=sample["completion"][0]["content"])["reward"].max()
+        yield (
+            f"Answer: the policy's own best finished rollout, reward {_number(mine)}: "  # type: ignore[arg-type]
+            f"{_line(sample['completion'][0]['content'])!r}. It took the place of the source's "
+            f"{_line(sample['references'][0])!r} (on-policy replay), which is kept in completions.parquet."
+        )
     if rolled.height:
         logp = pl.Series("logp", [sequence_logp(p) for p in rolled["token_logps"].to_list()], dtype=pl.Float64)
         order = rolled.with_columns(logp.fill_nan(None)).sort("reward", "logp", descending=True, nulls_last=True)
@@ -102,12 +107,12 @@ def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
         buckets = ", ".join(f"{n} {name}" for name, n in counts.iter_rows() if name)
         sides = ", ".join(f"{n} {name}" for name, n in rolled.group_by("side").len().sort("side").iter_rows() if name)
         yield (
-            f"Rollouts: {rolled.height} by the policy ({buckets}{'; ' + sides if sides else ''}); the best has reward "
-            f"{_number(best['reward'])} ({_line(best['reward_id'] or 'none')}): {_line(best['text'])!r}."
+            f"Rollouts: {rolled.height} by the policy ({buckets}{'; ' + sides if sides else ''}); the highest reward "
+            f"is {_number(best['reward'])} ({_line(best['reward_id'] or 'none')}): {_line(best['text'])!r}."
         )
-    mine = m.augmentations.filter(parent_uid=sample["uid"])
-    if mine.height:
-        yield f"Rewrites: {int(mine['kept'].sum())} of {mine.height} are kept."
+    rewrites = m.augmentations.filter(parent_uid=sample["uid"])
+    if rewrites.height:
+        yield f"Rewrites: {int(rewrites['kept'].sum())} of {rewrites.height} are kept."
 
 
 def _rewrite(m: Manifest, uid: str) -> Iterator[str]:
@@ -149,6 +154,10 @@ def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
     yield _excerpt("instruction", instruction["instruction"])
     yield from _task(m, task)
     yield from _instruction(m, instruction)
+    if m.provenance["config"]["replay"]["selector"] in ("highest_loss", "perplexity_ratio"):
+        lowest = f"it scores {_number(drop['score'])}" if drop["score"] is not None else "it could not be measured"
+        yield f"Draw: the {task['granted']} rows of the task that score highest were taken; {lowest}."
+        return
     if instruction["granted"] == 0:
         yield f"Draw: none of the instruction's {instruction['rows']} rows was taken."
     else:

@@ -37,6 +37,12 @@ out: runs/{name}          # the manifest; stage results are kept beside it
 # distance: {{weights: frequency}}             # mass of an instruction: its frequency, or uniform
 # tags: {{tagger: keyphrase, max_tags: 12}}    # or tagger: column, for tags that the data already has
 # score: {{pool: previous}}                    # InsInfo over previous tasks (paper), or all (official code)
+
+# The model that is being trained can take part; remove the # of what you want (curate/config.py has every key).
+# policy: {{model: path/to/checkpoint}}        # causal LM, safetensors; or backend: api with base_url and revision
+# rollouts: {{k: 4, reward: {{kind: rouge_l}}}}  # its own answers, log-probabilities, rewards, CPPO's five buckets
+# candidates: {{similarity: true}}             # which of them align with the target answer, which conflict
+# augment: {{per_task: 100, theta: 0.2}}       # rewrites by the policy that still mean the same
 """
 
 

@@ -116,6 +116,11 @@ class PolicyStages:
             )
         if n := rolled["reward"].null_count():
             self.screen.note(f"{n:,} rewards are not a number: those rollouts are unranked and in the bucket `normal`")
+        spread = rolled.join(chosen.select(pl.col("uid").alias("source_uid"), "task"), on="source_uid", how="left")
+        spread = spread.group_by("task").agg(pl.col("reward").n_unique())
+        if n := spread.filter(pl.col("reward") < 2).height:
+            self.screen.note(f"{n} of {spread.height} tasks have one reward for every rollout: nothing can be told "
+                             "from it (all ranks are 1; over their task all buckets are `normal`)")  # fmt: skip
         self.facts["rollouts"] = {
             **asdict(sampling_of(config, seed)), "prompts": len(prompts), "skipped": sorted(skipped),
             "reward": reward.fingerprint, "unfinished": int((~rolled["finished"]).sum()),

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from curate.manifest.card_policy import policy_sections
-from curate.manifest.markdown import escape, real, table
+from curate.manifest.markdown import code, escape, real, table
 from curate.manifest.schema import TABLES
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -100,7 +100,7 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
     ]
     if provenance["embedder"]:
         name = config["embed"]["path"] or config["embed"]["model"]
-        lines.append(f"- Embedder: `{escape(name)}` (`{provenance['embedder']}`).")
+        lines.append(f"- Embedder: {code(name)} ({code(provenance['embedder'])}).")
     if provenance["solver"]:
         lines.append(f"- Transport solver: {', '.join(provenance['solver'])}; optimality proven.")
     if tags.height:

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from curate.manifest.buckets import Bucket
-from curate.manifest.markdown import escape, real, table
+from curate.manifest.markdown import code, escape, real, table
 
 CURVE = (0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # thresholds of the curve, beside the chosen one
 BAR = 30  # characters of a full bar
@@ -31,7 +31,7 @@ def _models(provenance: Mapping[str, Any]) -> str:
     config, rows = provenance["config"], []
     for role, found in sorted(provenance["models"].items()):
         section = (config["tags"]["model"] or config["policy"]) if role == "tagger" else config[role]
-        rows.append([role, f"`{escape(section['model'])}`", f"`{escape(found['fingerprint'][:80])}`"])
+        rows.append([role, code(section["model"]), code(found["fingerprint"][:80])])
     parts = [table(["role", "model", "weights"], rows)]
     spent = {"tags": provenance.get("tagging"), "rollouts": provenance.get("rollouts"),
              "augmentation": provenance.get("augment")}  # fmt: skip
@@ -50,7 +50,7 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
     lines = [
         f"{rolled.height:,} completions of {rolled['prompt_uid'].n_unique():,} prompts, {facts['k']} each, at "
         f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
-        f"({(~rolled['finished']).sum():,} were cut there). Reward: `{escape(facts['reward'][:80])}`"
+        f"({(~rolled['finished']).sum():,} were cut there). Reward: {code(facts['reward'][:80])}"
         + (f"; {n:,} have no log-probabilities" if (n := rolled["token_logps"].null_count()) else "")
         + (f"; {n:,} rewards are not a number" if (n := rolled["reward"].null_count()) else "")
         + (f". {len(facts['skipped']):,} prompts are too long for the policy" if facts["skipped"] else "")
@@ -102,7 +102,7 @@ def _augmentation(every: pl.DataFrame, facts: Mapping[str, Any]) -> str:
         rows.append([f"{mark}{value:g}{mark}", kept, every.height - kept, f"`{'█' * round(share * BAR):<{BAR}}`"])
     lines = [
         f"The policy rewrote {every['parent_uid'].n_unique():,} rows by {len(facts['templates'])} templates "
-        f"({', '.join(f'`{escape(name)}`' for name in facts['templates'])}) and answered its rewrites. A rewrite stays "
+        f"({', '.join(code(name) for name in facts['templates'])}) and answered its rewrites. A rewrite stays "
         f"where MI(x, x̂) · MI(y, ŷ) > θ = {theta:g}: {int(every['kept'].sum()):,} of {every.height:,} are kept. Word "
         f"statistics are from {facts['corpus']:,} texts of the stream. The curve says what another θ would keep; "
         "`curate refilter RUN theta=…` moves it without asking the model again.",
