@@ -25,6 +25,7 @@ from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
 from train.config import CftConfig, CptConfig, RunConfig
 from train.data import Examples
+from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
 from train.mixing import Mixture
 from train.models import open_model, open_tokenizer, read_fisher, with_adapter
@@ -69,6 +70,11 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
     _check_context(model, examples, config)
+    if items.packing is not None and not keeps_samples_apart(model.eval()):
+        raise InputError(
+            f"{config.model or config.init}: this architecture lets the samples of a packed row see each other",
+            remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
+        )
     model, method = _method(name, config, model)
     facts = _facts(name, config, theirs, arguments)
     decides = {key: value for key, value in facts["training"].items() if key not in HOUSEKEEPING}
@@ -151,8 +157,8 @@ def _method(name: str, config: RunConfig, model: Any) -> tuple[Any, Method]:
     old: dict[str, list[Tensor]] = {}
     if config.lora is not None:
         model, old = with_adapter(model, config, getattr(config, "o_lora", None))
-        if reference is None:
-            reference = model.disable_adapter  # π_ref is the model without its adapter: no second model in memory
+        if reference is None and isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
+            reference = AdapterOff(model, "default")  # π_ref: the same weights without the new adapter
     if not isinstance(config, CftConfig):
         return model, Cpt()
     kl, ewc, o_lora = config.kl, config.ewc, config.o_lora

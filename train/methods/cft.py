@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.logprobs import token_kl, token_logps
+from train.logprobs import Measure, token_values
 from train.losses.cft import ewc_penalty, kl_penalty, orthogonality, weighted_nll
 from train.methods.base import Batch, token_weights
 
@@ -51,11 +51,12 @@ class Cft:
     def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """NLL, and KL where it is on. `logps` [b, t] among what is logged is for the losses by origin and task."""
         mask, weight = batch["loss_mask"], token_weights(batch)
-        logps = token_logps(model, batch)
-        loss = weighted_nll(logps, mask, weight, normaliser)
-        logged = {"logps": logps.detach(), "nll": loss.detach()}
+        measures: tuple[Measure, ...] = ("logps", "kl") if self.kl else ("logps",)
+        found = token_values(model, batch, measures, reference=self.reference)  # one pass of the model for both
+        loss = weighted_nll(found["logps"], mask, weight, normaliser)
+        logged = {"logps": found["logps"].detach(), "nll": loss.detach()}
         if self.kl:
-            kl = kl_penalty(token_kl(model, self.reference, batch), mask, weight, normaliser)
+            kl = kl_penalty(found["kl"], mask, weight, normaliser)
             loss, logged["kl"] = loss + self.kl * kl, kl.detach()
         return loss, logged
 
