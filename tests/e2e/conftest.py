@@ -1,12 +1,16 @@
 """Builds that several tests look at. One module's share a folder and its cache: each prompt is answered once."""
 
+import os
+
 import pytest
 from policy_runs import (
     AUGMENT,
     FACTS,
     JUDGE,
+    KEY,
     ROLLOUTS,
     STARTER,
+    VARIABLE,
     judged_by,
     put,
     real,
@@ -20,7 +24,15 @@ from curate.build import build
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def key():
+    """The key of the scripted servers, where a user keeps one: in the environment."""
+    os.environ[VARIABLE] = KEY
+    yield
+    del os.environ[VARIABLE]
+
+
+@pytest.fixture(scope="module")
+def folder(key, tmp_path_factory):
     """Real rows as small tasks, and the starter model beside them."""
     folder = tmp_path_factory.mktemp("policy")
     put(folder / "poem.jsonl", real("superni/sentiment_analysis", 12, task="task833"))

@@ -265,7 +265,7 @@ def test_explain_tells_of_on_policy_rows(folder, plain):
     manifest = build(settings(folder, "told", rollouts=judged_by("length"), replay=replay))
     swapped = manifest.samples.filter(written_by="policy").row(0, named=True)
     story = explain(manifest, swapped["uid"])
-    assert "the policy's own best rollout" in story and "Rollouts: 3 by the policy" in story
+    assert "the policy's own best finished rollout" in story and "Rollouts: 3 by the policy" in story
     dropped = manifest.drops.filter(pl.col("score") > 0, step="rollout").row(0, named=True)
     done = curate("explain", manifest.folder, dropped["uid"])
     assert (
