@@ -220,7 +220,8 @@ def _errors(resumable: bool = False) -> Iterator[None]:
     try:
         yield
     except (InputError, ManifestError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error))  # no escape codes of the data
+        console.print(f"[red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         more = "; what is done is kept, the same command goes on from there" if resumable else ""

@@ -155,8 +155,10 @@ class ModelConfig(Section):
     concurrency: int = Field(8, gt=0, le=1024, description="api only: requests under way at once")
     timeout: float = Field(60, gt=0, le=86400, description="api only: seconds until a request is given up and retried")
     retries: int = Field(5, ge=0, le=20, description="api only: further tries of a request, with growing pauses")
-    price_in: float | None = Field(None, ge=0, description="api only: price of a million prompt tokens, for the cost")
-    price_out: float | None = Field(None, ge=0, description="api only: price of a million completion tokens")
+    price_in: float | None = Field(
+        None, ge=0, le=1e9, description="api only: price of a million prompt tokens, for the cost"
+    )
+    price_out: float | None = Field(None, ge=0, le=1e9, description="api only: price of a million answer tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +173,12 @@ class ModelConfig(Section):
             raise ValueError("`revision` belongs to `backend: api`; weights on disk are hashed")
         if self.base_url is not None:
             parts = urlsplit(self.base_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                _ = parts.port
+                odd = any(c.isspace() or not c.isprintable() for c in self.base_url)
+            except ValueError:
+                odd = True
+            if parts.scheme not in ("http", "https") or not parts.hostname or odd:
                 raise ValueError("`base_url` must begin with http:// or https:// and name a host")
             if parts.username or parts.password or parts.query or parts.fragment:
                 raise ValueError(
@@ -249,7 +256,7 @@ class TagsConfig(Section):
         "keyphrase", description="llm: a model is asked for intent tags; column: tags that the data already has"
     )
     model: ModelConfig | None = Field(None, description="llm only: the model that is asked; by default the policy")
-    max_new_tokens: int = Field(512, gt=0, description="llm only: longest answer in tokens")
+    max_new_tokens: int = Field(512, gt=0, le=1_000_000, description="llm only: longest answer in tokens")
     max_tags: int = Field(12, gt=0, description="keyphrase and llm: tags an instruction at most")
     cluster: bool = Field(True, description="merge tags by DBSCAN over phrase embeddings")
     eps: float = Field(0.1, gt=0, lt=2, description="DBSCAN radius in cosine distance (InsCL: 0.1)")
@@ -287,7 +294,7 @@ class RolloutsConfig(Section):
         description="nucleus sampling; below 1 the stored log-probabilities are of the nucleus, which serves the "
         "buckets but not methods that compare them with the whole distribution (CPPO, COPR)",
     )
-    max_new_tokens: int = Field(128, gt=0, description="longest completion in tokens")
+    max_new_tokens: int = Field(128, gt=0, le=1_000_000, description="longest completion in tokens")
     reward: RewardConfig = Field(RewardConfig.model_validate({}), description="how good a completion is")
     block: int = Field(
         64, gt=0, description="prompts that are kept together: a rollout batch, and what a killed build can lose"
@@ -344,7 +351,7 @@ class AugmentConfig(Section):
     )
     temperature: float = Field(0.7, ge=0, le=100, allow_inf_nan=False, description="of rewrite and answer; 0 = greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
-    max_new_tokens: int = Field(256, gt=0, description="longest rewrite, and longest answer, in tokens")
+    max_new_tokens: int = Field(256, gt=0, le=1_000_000, description="longest rewrite, and longest answer, in tokens")
     corpus: int = Field(20_000, gt=0, description="texts that the word statistics are taken from, at most")
     block: int = Field(64, gt=0, description="rows that are kept together: what a killed build can lose")
 

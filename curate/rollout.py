@@ -26,6 +26,7 @@ from curate.models.base import Generator, Prompt, Reward, Sampling
 from curate.sample import generator as seeded
 from curate.store import Store
 
+LARGEST = 1e150  # beyond it a variance is no number any more
 REWARDED = 256  # completions that are rewarded together
 
 ROLLOUTS: dict[str, Any] = {
@@ -115,7 +116,8 @@ def rewards(
 
     def measure(items: Sequence[Any]) -> pl.DataFrame:
         prompts, texts, references = zip(*items, strict=True)
-        values = [value if math.isfinite(value) else None for value in reward(prompts, texts, references)]
+        found = reward(prompts, texts, references)
+        values = [value if abs(value) < LARGEST else None for value in found]  # NaN compares false
         return pl.DataFrame({"reward": values}, schema={"reward": pl.Float64})
 
     frames = work.frames(measure, done)

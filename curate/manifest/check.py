@@ -55,7 +55,7 @@ def _applied(rule: Rule, manifest: Manifest) -> Iterator[str]:
     """A rule's faults; a rule that a forged value breaks says so, and the others still run."""
     try:
         yield from rule(manifest)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, pl.exceptions.PolarsError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, pl.exceptions.PolarsError) as error:
         promise = " ".join((rule.__doc__ or "").split())
         yield f"cannot be verified, a value is out of place ({type(error).__name__}: {error}): {promise}"
 

@@ -112,6 +112,8 @@ def augmentations(m: Manifest) -> Iterator[str]:
     if facts is None:
         if m.augmentations.height:
             yield "augmentations.parquet: rows, but provenance.json has no θ for them"
+        for uid in m.samples.filter(origin="augmented")["uid"]:
+            yield f"samples.parquet: uid {uid}: augmented, but provenance.json knows of no augmentation"
         return
     if facts["theta"] != m.provenance["config"]["augment"]["theta"]:
         yield f"provenance.json: θ {facts['theta']}, but the configuration says another"

@@ -20,6 +20,7 @@ from torch.nn.functional import pad as with_padding
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from curate.errors import InputError
 from curate.models.base import Sampling
 
 COMPACT = 0.8  # ended rows leave the batch once so few of it are open: leaving costs a copy of the cache
@@ -164,7 +165,13 @@ def _draw(logits: Tensor, numbers: Tensor | None, sampling: Sampling) -> tuple[T
         # the first token whose cumulative probability exceeds the number: never one of probability 0
         number = torch.minimum(numbers, torch.tensor(1 - 2**-40, dtype=torch.float64)) * total[:, -1]
         token = torch.searchsorted(total, number[:, None], right=True).squeeze(1)
-    return token, logp.gather(-1, token[:, None]).squeeze(1)
+    found = logp.gather(-1, token.clamp_max(logp.shape[-1] - 1)[:, None]).squeeze(1)
+    if bool(torch.isnan(found).any()):
+        raise InputError(
+            "the model's logits are not numbers, so nothing can be sampled from it",
+            remedy="look at its weights: NaN or infinity there (a run that diverged?), or a temperature next to 0",
+        )
+    return token, found
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:

@@ -7,6 +7,7 @@ torch and the weights are loaded at the first use, so that a rebuild that finds 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
@@ -252,6 +253,11 @@ class LocalModel:
                 logp = torch.log_softmax(logits[i, -n - 1 : -1].float(), -1)  # [n, v]: left padding, so the end is last
                 target = torch.tensor(answer, device=logp.device)
                 found.append(logp.gather(-1, target[:, None]).squeeze(1).tolist())
+                if not all(map(math.isfinite, found[-1])):
+                    raise InputError(
+                        f"{self.where} {self.name!r}: its logits are not numbers, so nothing can be measured",
+                        remedy="look at its weights: NaN or infinity there (a run that diverged?)",
+                    )
         return found
 
 

@@ -343,9 +343,9 @@ class Function:
         messages = [[dict(m) for m in p.messages] for p in prompts]
         try:
             found = self.function(messages, list(completions), [list(r) for r in references])
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
             raise InputError(
-                f"{where}, raised {type(error).__name__}: {str(error)[:300]}",
+                f"{where}, raised {type(error).__name__}: {_said(error)}",
                 remedy="mend the function; it may give None for a completion that it cannot judge",
             ) from error
         remedy = "return a list with one number, or None, for every completion, in their order"
@@ -361,13 +361,20 @@ class Function:
         return [math.nan if value is None else _finite(value) for value in numbers]
 
 
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)[:300]
+    except Exception:  # an exception of the user's code may fail to say what it is
+        return "(it cannot be printed)"
+
+
 def _imported(name: str, base: Path, where: str) -> Any:
     try:
         with _importable(base):
             module = importlib.import_module(name)
-    except Exception as error:  # a module that is executed may raise anything
+    except (Exception, SystemExit) as error:  # a module that is executed may raise anything, or leave
         raise InputError(
-            f"{where}: module {name!r} cannot be imported: {type(error).__name__}: {str(error)[:300]}",
+            f"{where}: module {name!r} cannot be imported: {type(error).__name__}: {_said(error)}",
             remedy=f"it must lie in {base.resolve()} or be installed, and import without an error",
         ) from error
     if getattr(module, "__file__", None) is None:  # built in, or a folder

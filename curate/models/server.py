@@ -129,7 +129,8 @@ class ServerModel:
                 f"{self.base_url}: the environment variable {variable} {'holds no valid key' if key else 'is not set'}",
                 remedy=f"export {variable}=… (any word, for a server that asks for no key)",
             )
-        http = openai.DefaultAsyncHttpxClient(trust_env=not here)  # a proxy does not know our localhost
+        # a proxy does not know our localhost; a redirect would carry prompts to a host that nobody named
+        http = openai.DefaultAsyncHttpxClient(trust_env=not here, follow_redirects=False)
         return openai.AsyncOpenAI(
             base_url=self.base_url, api_key=key, max_retries=0, timeout=self.config.timeout, http_client=http
         )
@@ -189,7 +190,7 @@ class ServerModel:
             async with asyncio.timeout(self.config.timeout):  # the client's own starts anew with every byte
                 raw = await client.chat.completions.with_raw_response.create(**body)
         except openai.APIStatusError as error:
-            status, answer = error.status_code, _brief(self._hide(error.response.text))
+            status, answer = error.status_code, _brief(self._hide(error.response.content.decode("utf-8", "replace")))
             passing = status in (408, 409, 429) or status >= 500
             after = _retry_after(error.response.headers.get("retry-after", ""))
             raise _Fault(f"status {status}, {answer}", None if passing else status, after) from None
@@ -198,10 +199,21 @@ class ServerModel:
         except openai.APIConnectionError as error:
             raise _Fault(f"no connection, {_brief(self._hide(str(error.__cause__ or error)))}") from None
         try:
-            response = json.loads(self._hide(raw.content.decode(), shortest=8))  # "none", "EMPTY": words, not keys
+            response = self._masked(json.loads(raw.content.decode()))  # after parsing: an escape may hide the key
             return response, _completion(response)
-        except (ValueError, RecursionError) as error:
-            raise _Fault(f"{_brief(self._hide(str(error)))}, in {_brief(self._hide(raw.text))}") from None
+        except (ValueError, RecursionError, OverflowError) as error:
+            said = raw.content.decode("utf-8", "replace")
+            raise _Fault(f"{_brief(self._hide(str(error)))}, in {_brief(self._hide(said))}") from None
+
+    def _masked(self, value: Any) -> Any:
+        """A parsed answer without the key; keys of fewer than 8 characters are words ("none", "EMPTY") and stay."""
+        if isinstance(value, str):
+            return self._hide(value, shortest=8)
+        if isinstance(value, list):
+            return [self._masked(each) for each in value]
+        if isinstance(value, dict):
+            return {self._hide(name, shortest=8): self._masked(each) for name, each in value.items()}
+        return value
 
     def _error(self, request: _Request, fault: _Fault, tries: int) -> InputError:
         model, variable = self.config.model, self.config.api_key_env
@@ -221,7 +233,7 @@ class ServerModel:
         """The kept answer; None where there is none, or none that can be used."""
         try:
             return _completion(json.loads((self.cache / f"{key}.json").read_bytes())) if self.cache else None
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError, OverflowError):
             return None
 
     def _keep(self, key: str, response: Any) -> None:
@@ -254,7 +266,8 @@ def _wire(message: Message) -> dict[str, Any]:
 def _completion(response: Any) -> Completion:
     """What a response says; ValueError where that is nothing usable."""
     try:
-        choice, usage = response["choices"][0], response.get("usage") or {}
+        choice, usage = response["choices"][0], response.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
         message, reason = choice["message"], choice.get("finish_reason")
         text, calls = message.get("content"), message.get("tool_calls")
         counts = [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
@@ -265,7 +278,7 @@ def _completion(response: Any) -> Completion:
     if not isinstance(text, str):
         raise ValueError(f"no content (finish_reason {reason!r})")
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character where it was cut
-    n_tokens, prompt_tokens = (count if isinstance(count, int) else None for count in counts)
+    n_tokens, prompt_tokens = (count if type(count) is int and 0 <= count < 2**31 else None for count in counts)
     finished = {"stop": True, "tool_calls": True, "length": False}.get(str(reason))
     return Completion(text, None, _logps(choice, n_tokens), n_tokens, finished, prompt_tokens)
 
@@ -273,10 +286,11 @@ def _completion(response: Any) -> Completion:
 def _logps(choice: dict[str, Any], n_tokens: int | None) -> list[float] | None:
     """A natural log a token; None where the server gave none, or another number of them."""
     try:
-        logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
-    except (LookupError, TypeError, ValueError):
+        given = [token["logprob"] for token in choice["logprobs"]["content"]]
+        logps = [math.nan if isinstance(value, bool) else float(value) for value in given]
+    except (LookupError, TypeError, ValueError, OverflowError):
         return None
-    return logps if len(logps) == n_tokens and all(map(math.isfinite, logps)) else None
+    return logps if len(logps) == n_tokens and all(-3e38 < p <= 1e-4 for p in logps) else None
 
 
 def _brief(text: str) -> str:
@@ -288,5 +302,8 @@ def _retry_after(value: str) -> float:
     """Seconds of a Retry-After header: a number, or a date."""
     if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
         return float(value)
-    date = parsedate_tz(value)
-    return mktime_tz(date) - time.time() if date else 0.0
+    try:
+        date = parsedate_tz(value)
+        return mktime_tz(date) - time.time() if date else 0.0
+    except (ValueError, OverflowError, TypeError):
+        return 0.0

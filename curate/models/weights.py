@@ -57,7 +57,7 @@ def architectures(folder: Path) -> list[str]:
     """What a model's config.json says that it is."""
     try:
         return [str(kind) for kind in json.loads((folder / "config.json").read_bytes()).get("architectures") or []]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return []
 
 

@@ -616,3 +616,17 @@ def test_fingerprint_names_the_weights(tmp_path):
     save_file(weights, tmp_path / "b" / "model.safetensors", {"format": "pt"})
     other = opened(tmp_path / "b")
     assert other.fingerprint != one.fingerprint and other.tokenizer_fingerprint == one.tokenizer_fingerprint
+
+
+def test_weights_that_are_not_numbers_are_an_error(tmp_path):
+    shutil.copytree(STARTER, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan/model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.nan)
+    save_file(weights, tmp_path / "nan/model.safetensors", {"format": "pt"})
+    model = LocalModel(ModelConfig(model=str(tmp_path / "nan")))
+    prompt = Prompt("row-1", [{"role": "user", "content": "Say hello."}])
+    for sampling in (Sampling(max_new_tokens=4), Sampling(temperature=0, max_new_tokens=4)):
+        with pytest.raises(InputError, match="logits are not numbers"):
+            model.generate([prompt], sampling)
+    with pytest.raises(InputError, match="logits are not numbers"):
+        model.score([(prompt, [{"role": "assistant", "content": "hello"}])])

@@ -460,3 +460,13 @@ def test_halving_passes_other_errors_on():
 
     with pytest.raises(RuntimeError, match="shape"):
         halving([1, 2], wrong)
+
+
+def test_a_function_that_leaves_does_not_end_the_build(tmp_path):
+    (tmp_path / "leaving.py").write_text("import sys\n\n\ndef score(*_):\n    sys.exit(0)\n")
+    (tmp_path / "gone.py").write_text("import sys\n\nsys.exit(0)\n")
+    reward = open_reward(RewardConfig(kind="python", function="leaving:score"), tmp_path, None)
+    with pytest.raises(InputError, match=r"leaving:score.*raised SystemExit"):
+        reward([Prompt("row-1", [])], ["a"], [["a"]])
+    with pytest.raises(InputError, match="cannot be imported: SystemExit"):
+        open_reward(RewardConfig(kind="python", function="gone:score"), tmp_path, None)

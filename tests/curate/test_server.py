@@ -23,7 +23,7 @@ import pytest
 from curate.config import ModelConfig
 from curate.errors import InputError
 from curate.models.base import Prompt, Sampling
-from curate.models.server import ServerModel
+from curate.models.server import ServerModel, _completion, _retry_after
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -657,3 +657,25 @@ def test_transformers_serve(transformers_serve, tmp_path):
     wrong = ServerModel(config.model_copy(update={"model": "other"}), None)
     with pytest.raises(InputError, match=r"prompt uid-Name a colour\.: .*status 400.*Server is pinned to"):
         wrong.generate(prompts[:1], sampling)
+
+
+@pytest.mark.parametrize("count", [-3, 2**31, 10**30, True, "many", None])
+def test_a_token_count_that_is_none_is_not_stored(count):
+    answer = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}],
+              "usage": {"completion_tokens": count, "prompt_tokens": count}}  # fmt: skip
+    found = _completion(answer)
+    assert (found.text, found.n_tokens, found.prompt_tokens) == ("yes", None, None)
+    assert _completion({**answer, "usage": "lots"}).text == "yes"
+
+
+@pytest.mark.parametrize("value", [0.5, True, -1e300, -(10**400), float("nan"), "x"])
+def test_a_number_that_is_no_log_probability_is_not_stored(value):
+    answer = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop",
+                           "logprobs": {"content": [{"logprob": value}]}}],
+              "usage": {"completion_tokens": 1}}  # fmt: skip
+    assert _completion(answer).token_logps is None
+
+
+@pytest.mark.parametrize("value", ["Thu, 01 Jan 99999 00:00:00 GMT", "soon", "", "nan"])
+def test_odd_pauses_are_no_pauses(value):
+    assert _retry_after(value) == 0.0
