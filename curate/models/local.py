@@ -23,7 +23,7 @@ from curate.manifest.schema import content_hash
 from curate.models.base import Completion, Message, Prompt, Sampling
 from curate.models.chat import answer_ids, contents, prompt_ids
 from curate.models.memory import halving
-from curate.models.weights import architectures, model_folder, quiet, weights_hash
+from curate.models.weights import architectures, model_folder, quiet, refuse_foreign_tokens, weights_hash
 
 LOGITS = 1 << 26  # logits that are held at once: 256 MiB in float32
 
@@ -183,14 +183,7 @@ class LocalModel:
 
     def _check_tokenizer(self, model: Any) -> None:
         """A tokenizer of another model gives tokens that this one has no embedding for, or never ends."""
-        rows = model.get_input_embeddings().weight.shape[0]
-        highest = max(self.tokenizer.get_vocab().values(), default=-1)
-        if highest >= rows:
-            raise InputError(
-                f"{self.where} {self.name!r}: the tokenizer has token {highest}, the model knows {rows} tokens: it is "
-                "not this model's tokenizer",
-                remedy="put the tokenizer files that the model was trained with into its folder",
-            )
+        highest = refuse_foreign_tokens(model, self.tokenizer, f"{self.where} {self.name!r}")
         named, own = _named_ends(model), self.tokenizer.eos_token_id
         if named and own is not None and own not in named and not any(e <= highest for e in named):
             raise InputError(

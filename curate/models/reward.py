@@ -38,7 +38,7 @@ from curate.models.base import Prompt, Reward
 from curate.models.chat import render
 from curate.models.embedder import Embedder, Precomputed
 from curate.models.memory import halving
-from curate.models.weights import architectures, model_folder, quiet, weights_hash
+from curate.models.weights import architectures, model_folder, quiet, refuse_foreign_tokens, weights_hash
 
 KEY = "rollouts.reward"  # where a configuration asks for a reward: errors name it
 
@@ -288,6 +288,7 @@ class RewardModel:
                 f"{self.where}: its files lack the weights {', '.join(sorted(info['missing_keys'])[:5])}",
                 remedy="save the trained model, head included, with model.save_pretrained(folder)",
             )
+        refuse_foreign_tokens(model, tokenizer, self.where)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None and self.config.batch_size > 1:
             raise InputError(

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import json
 from pathlib import Path
+from typing import Any
 
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
@@ -114,3 +115,20 @@ def _refuse_pickle(folder: Path, where: str, model: str) -> None:
         )
     if not safe:
         raise InputError(f"{where} {model!r}: {folder}: no *.safetensors file", remedy=_CONVERT)
+
+
+def refuse_foreign_tokens(model: Any, tokenizer: Any, where: str) -> int:
+    """The tokenizer's highest token; one that the model has no embedding for is of another model's tokenizer.
+
+    Raises:
+        InputError: there is such a token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise InputError(
+            f"{where}: the tokenizer has token {highest}, the model knows {rows} tokens: it is not this model's "
+            "tokenizer",
+            remedy="put the tokenizer files that the model was trained with into its folder",
+        )
+    return highest

@@ -470,3 +470,11 @@ def test_a_function_that_leaves_does_not_end_the_build(tmp_path):
         reward([Prompt("row-1", [])], ["a"], [["a"]])
     with pytest.raises(InputError, match="cannot be imported: SystemExit"):
         open_reward(RewardConfig(kind="python", function="gone:score"), tmp_path, None)
+
+
+def test_a_reward_model_with_another_models_tokenizer_is_refused(tmp_path):
+    _, tokenizer = write_model(tmp_path / "m")
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="the tokenizer has token 6144, the model knows 6144 tokens"):
+        judge(open_model(tmp_path / "m"), ["a"], [[]], PROMPTS[:1])
