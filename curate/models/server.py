@@ -169,8 +169,9 @@ class ServerModel:
             try:
                 response, completion = await self._post(client, body)
             except _Fault as fault:
-                if "logprobs" in body and not self._logprobs and fault.refusal in (400, 403, 422):
-                    del body["logprobs"]  # perhaps that is what it refuses
+                named = "logprob" in str(fault).lower()
+                if "logprobs" in body and not self._logprobs and (fault.refusal in (400, 422) or named):
+                    del body["logprobs"]  # perhaps that is what it refuses; a 403 has other reasons, and may pass
                     continue
                 tries += 1
                 if fault.refusal or tries > self.config.retries:
