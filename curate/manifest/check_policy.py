@@ -150,4 +150,36 @@ def augmentations(m: Manifest) -> Iterator[str]:
             yield f"tasks.parquet: task {task!r}: augmented {augmented}, augmentations.parquet keeps {counts.get(task)}"
 
 
-POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (tokens, buckets, answers, sides, augmentations)
+def agreement(m: Manifest) -> Iterator[str]:
+    """A completion is of its prompt's task, and says what the provenance says; measures lie within their ranges."""
+    where = {uid: (task, stage) for uid, task, stage in m.samples.select("uid", "task", "stage").iter_rows()}
+    for uid, prompt, task, stage in m.completions.select("uid", "prompt_uid", "task", "stage").iter_rows():
+        if where.get(prompt, (task, stage)) != (task, stage):
+            yield f"completions.parquet: uid {uid}: task {task!r}, stage {stage}, its prompt's are {where[prompt]}"
+    for uid, parent, task, stage in m.augmentations.select("uid", "parent_uid", "task", "stage").iter_rows():
+        if where.get(parent) != (task, stage):
+            yield f"augmentations.parquet: uid {uid}: parent_uid {parent} is no sample of task {task!r}, stage {stage}"
+    policy = (m.provenance.get("models") or {}).get("policy") or {}
+    rolled, facts = m.completions.filter(origin="policy"), m.provenance.get("rollouts") or {}
+    said = {"policy": (m.completions, policy.get("fingerprint")), "tokenizer": (m.completions, policy.get("tokenizer")),
+            "reward_id": (rolled, facts.get("reward")), "temperature": (rolled, facts.get("temperature")),
+            "top_p": (rolled, facts.get("top_p"))}  # fmt: skip
+    for column, (rows, value) in said.items():
+        if value is not None:
+            for uid, found in rows.filter(pl.col(column) != value).select("uid", column).iter_rows():
+                yield f"completions.parquet: uid {uid}: {column} {found!r}, provenance.json says {value!r}"
+    for frame, name, column in ((m.completions, "completions", "similarity"),
+                                (m.augmentations, "augmentations", "mi_input"),
+                                (m.augmentations, "augmentations", "mi_output")):  # fmt: skip
+        for uid, value in frame.filter(pl.col(column).abs() > 1 + 1e-9).select("uid", column).iter_rows():
+            yield f"{name}.parquet: uid {uid}: {column} {value}, it must be within -1 and 1"
+
+
+POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (
+    tokens,
+    buckets,
+    answers,
+    sides,
+    augmentations,
+    agreement,
+)
