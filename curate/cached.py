@@ -23,7 +23,7 @@ VERSION = 1
 ROOM = 4096  # prompts whose length is looked up together
 SCORED = 256  # answers that are scored together
 
-_COMPLETION: dict[str, Any] = {
+COMPLETION: dict[str, Any] = {
     "text": pl.String,
     "token_ids": pl.List(pl.Int32),
     "token_logps": pl.List(pl.Float32),
@@ -117,12 +117,12 @@ class Cached:
 
     def _ask(self, prompts: Sequence[Prompt], sampling: Sampling) -> pl.DataFrame:
         answers = self.model.generate(prompts, sampling)
-        return pl.DataFrame([vars(c) for some in answers for c in some], schema=_COMPLETION)
+        return pl.DataFrame([vars(c) for some in answers for c in some], schema=COMPLETION)
 
 
 def _scores(found: Sequence[Completion | None]) -> pl.DataFrame:
     nothing = Completion("")
-    return pl.DataFrame([vars(nothing if c is None else c) for c in found], schema=_COMPLETION)
+    return pl.DataFrame([vars(nothing if c is None else c) for c in found], schema=COMPLETION)
 
 
 def _completion(row: dict[str, Any]) -> Completion:

@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 
 from curate.blocks import Advance, Blocks
+from curate.cached import COMPLETION
 from curate.config import RolloutsConfig
 from curate.errors import InputError
 from curate.manifest import sequence_logp
@@ -33,12 +34,7 @@ ROLLOUTS: dict[str, Any] = {
     "source_uid": pl.String,  # the row whose prompt was answered
     "number": pl.Int32,  # 0 … k − 1
     "batch": pl.Int32,
-    "text": pl.String,
-    "token_ids": pl.List(pl.Int32),
-    "token_logps": pl.List(pl.Float32),
-    "n_tokens": pl.Int32,
-    "finished": pl.Boolean,
-    "prompt_tokens": pl.Int32,
+    **COMPLETION,
 }
 
 
