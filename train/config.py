@@ -117,7 +117,7 @@ class CptConfig(RunConfig):
     """Continued pre-training: the loss is on all tokens."""
 
 
-OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "average_tokens_across_devices", "bf16",
+OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "average_tokens_across_devices",
        "label_names", "resume_from_checkpoint", "ignore_data_skip", "dataloader_drop_last",
        "group_by_length")  # fmt: skip
 """Keys of TrainingArguments that this trainer sets itself."""

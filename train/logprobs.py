@@ -186,18 +186,18 @@ class AdapterOff:
 
 
 @torch.no_grad()
-def keeps_samples_apart(model: nn.Module) -> bool:
+def keeps_samples_apart(model: nn.Module, rows: int = 1) -> bool:
     """Whether this model, as it is configured, keeps the samples of a packed row apart: four tiny forward passes.
 
-    Recurrent models carry their state over, and some architectures know no packing. Dropout must be off.
+    `rows`: packed rows of a batch; flash attention keeps samples apart where there is one row alone. Recurrent models carry their state over, and some architectures know no packing. Dropout must be off.
     """
     device = next(model.parameters()).device
-    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 5, 6, 7, 8]], device=device)  # another first sample
-    mask = torch.tensor([[False] * 5 + [True] * 3], device=device)
+    both = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 5, 6, 7, 8]], device=device)  # another first sample
+    mask = torch.tensor([[False] * 5 + [True] * 3], device=device).expand(rows, -1)
 
     def changes(positions: Tensor) -> float:
-        batch = {"position_ids": positions[None], "loss_mask": mask}
-        one, other = (token_logps(model, {"input_ids": row[None], **batch}) for row in rows)
+        batch = {"position_ids": positions.expand(rows, -1), "loss_mask": mask}
+        one, other = (token_logps(model, {"input_ids": row.expand(rows, -1), **batch}) for row in both)
         return (one - other).abs().max().item()
 
     packed, joined = changes(torch.arange(4, device=device).repeat(2)), changes(torch.arange(8, device=device))

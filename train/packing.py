@@ -135,58 +135,57 @@ class Collator:
 
     input_ids, position_ids [b, t] int64 (positions from 0 in each sample); loss_mask [b, t] bool, True at targets;
     segment [b, t] int64, which of the batch's n samples a token is of, -1 = padding; weight [n] float32 and row [n]
-    int64 of the samples in their order; padded mode alone: attention_mask [b, t] int64, 1 = token, 0 = padding on the
-    right. What is padding, and what is a target, the masks say: the padding token may well be the end token.
+    int64 of the samples in their order; where each row is one sample: attention_mask [b, t] int64, 1 = token, 0 = padding.
+    Padding is on the right. What is padding, and what is a target, the masks say: the padding token may well be the end token.
 
-    Without padding all items stand in one row, [1, T]. Attention is kept within samples by their positions, which
-    transformers sees where it gets no attention_mask and no cache: call the model with `use_cache=False`.
+    Packs and blocks are rows too, and their samples are kept apart by the positions, which transformers sees where it
+    gets no attention_mask and no cache: call the model with `use_cache=False`. Attention then costs the square of a
+    pack, not of a batch. Flash attention finds samples in one row only: `one_row` puts all items into it, [1, T].
 
     Attributes:
         pad: token of the padding; any will do.
-        padding_free: one row without padding; packs and blocks need it.
+        one_row: no padding at all, for flash attention's kernels with variable lengths.
         multiple_of: padded rows, and only they, are as long as a multiple of this.
     """
 
     pad: int = 0
-    padding_free: bool = False
+    one_row: bool = False
     multiple_of: int = 1
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The batch of items.
-
-        Raises:
-            ValueError: an item holds several samples, and the batch is padded.
-        """
-        columns: dict[str, list[NDArray[Any]]] = {
-            "input_ids": [item.tokens.astype(np.int64) for item in items],
-            "position_ids": [item.positions for item in items],
-            "loss_mask": [item.loss for item in items],
-        }
-        if self.padding_free:
-            batch = {name: np.concatenate(parts)[None] for name, parts in columns.items()}  # [1, T]
-            lengths = np.concatenate([item.lengths for item in items])
-            batch["segment"] = np.repeat(np.arange(len(lengths)), lengths)[None]
+        """The batch of items."""
+        lengths = np.concatenate([item.lengths for item in items])
+        segment = np.repeat(np.arange(len(lengths)), lengths)  # [T]
+        if self.one_row:
+            batch: dict[str, NDArray[Any]] = {
+                "input_ids": np.concatenate([item.tokens for item in items])[None].astype(np.int64),
+                "position_ids": np.concatenate([item.positions for item in items])[None],
+                "loss_mask": np.concatenate([item.loss for item in items])[None],
+                "segment": segment[None],
+            }
         else:
-            batch = self._padded(columns, items)
+            batch = self._rows(items, segment)
         batch["weight"] = np.concatenate([item.weights for item in items])
         batch["row"] = np.concatenate([item.rows for item in items])
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def _padded(self, columns: dict[str, list[NDArray[Any]]], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
-        if any(len(item.rows) > 1 for item in items):
-            raise ValueError("samples of a pack would see each other in a padded row: use padding_free=True")
+    def _rows(self, items: Sequence[Item], segment: Ints) -> dict[str, NDArray[Any]]:
+        ends = np.cumsum([len(item.tokens) for item in items])
         t = max(len(item.tokens) for item in items)
-        width = -(-t // self.multiple_of) * self.multiple_of
-        ones = [np.ones(len(item.tokens), np.int64) for item in items]
-        columns = {**columns, "attention_mask": ones, "segment": [i * one for i, one in enumerate(ones)]}
-        # positions go on over the padding: a fall back to 0 is how a pack is recognised
-        columns["position_ids"] = [np.arange(width) for _ in items]
-        fill = {"input_ids": self.pad, "segment": -1}
-        batch = {}
-        for name, parts in columns.items():
-            batch[name] = np.full((len(items), width), fill.get(name, 0), parts[0].dtype)  # [b, t]
-            for i, part in enumerate(parts):
-                batch[name][i, : len(part)] = part
+        shape = len(items), -(-t // self.multiple_of) * self.multiple_of
+        batch: dict[str, NDArray[Any]] = {
+            "input_ids": np.full(shape, self.pad, np.int64), "position_ids": np.zeros(shape, np.int64),
+            "loss_mask": np.zeros(shape, np.bool_), "segment": np.full(shape, -1, np.int64),
+        }  # fmt: skip
+        for i, (item, end) in enumerate(zip(items, ends.tolist(), strict=True)):
+            n = len(item.tokens)
+            batch["input_ids"][i, :n], batch["loss_mask"][i, :n] = item.tokens, item.loss
+            batch["segment"][i, :n] = segment[end - n : end]
+            batch["position_ids"][i, :n] = item.positions
+            # positions go on over the padding: a fall back to 0 is how a pack is recognised
+            batch["position_ids"][i, n:] = np.arange(1, shape[1] - n + 1) + item.positions[-1]
+        if all(len(item.rows) == 1 for item in items):
+            batch["attention_mask"] = (batch["segment"] >= 0).astype(np.int64)
         return batch
 
 

@@ -70,7 +70,8 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
     _check_context(model, examples, config)
-    if items.packing is not None and not keeps_samples_apart(model.eval()):
+    flash = items.packing is not None and "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    if items.packing is not None and not keeps_samples_apart(model.eval(), rows=1 if flash else 2):
         raise InputError(
             f"{config.model or config.init}: this architecture lets the samples of a packed row see each other",
             remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
@@ -85,7 +86,7 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     trainer = RehearseTrainer(
         method=method, examples=examples, identity=identity, model=model, args=arguments, train_dataset=items,
         eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, quiet)],
-        data_collator=Collator(tokenizer.pad_token_id or 0, padding_free=items.packing is not None),
+        data_collator=Collator(tokenizer.pad_token_id or 0, one_row=flash),
     )  # fmt: skip
     last = checkpoints(out)[-1] if config.resume and checkpoints(out) else None
     if last is not None:
@@ -177,8 +178,9 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
         return TrainingArguments(
             **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
                "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True,
-               "ddp_find_unused_parameters": False, **theirs},
-            output_dir=config.out, bf16=half, remove_unused_columns=False, average_tokens_across_devices=True,
+               "ddp_find_unused_parameters": False, "bf16": half,
+               "use_cpu": not torch.accelerator.is_available(), **theirs},
+            output_dir=config.out, remove_unused_columns=False, average_tokens_across_devices=True,
             label_names=["loss_mask"],
         )  # fmt: skip
     except (TypeError, ValueError) as error:
