@@ -580,12 +580,12 @@ def test_part_of_an_epoch_and_refusals():
 # --- batches ---
 
 
-@given(lengths, st.integers(12, 40), st.sampled_from(["padded", "free", "packs", "blocks"]), st.integers(1, 4))
-def test_weights_and_rows_stay_with_their_samples(lengths, capacity, mode, size):
+@given(lengths, st.integers(12, 40), st.sampled_from(["padded", "packs", "blocks"]), st.integers(1, 4), st.booleans())
+def test_weights_and_rows_stay_with_their_samples(lengths, capacity, mode, size, one_row):
     examples = toy(lengths, weights=[(7 * i % 5) / 4 for i in range(len(lengths))])
     packing = {"packs": Packing(capacity), "blocks": Packing(capacity, split=True)}.get(mode)
     items = Items(examples, Mixture(examples, seed=3), packing=packing)
-    collate, seen = Collator(padding_free=mode != "padded"), []
+    collate, seen = Collator(one_row=one_row), []
     for start in range(0, len(items), size):
         numbers = range(start, min(start + size, len(items)))
         batch = collate([items[i] for i in numbers])
@@ -617,11 +617,11 @@ def test_a_padded_batch_by_hand():
                      "row": torch.int64}  # fmt: skip
 
 
-def test_a_padding_free_batch_by_hand():
+def test_a_batch_in_one_row_by_hand():
     examples = toy([3, 1, 4], first=[2, 1, 1])
     items = [Items(examples, Mixture(examples))[i] for i in range(3)]
     items.sort(key=lambda item: item.rows[0])
-    batch = Collator(padding_free=True)(items)
+    batch = Collator(one_row=True)(items)
     assert "attention_mask" not in batch
     assert batch["input_ids"].tolist() == [[0, 1, 2, 1000, 2000, 2001, 2002, 2003]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
@@ -629,11 +629,23 @@ def test_a_padding_free_batch_by_hand():
     assert batch["segment"].tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
 
 
-def test_a_pack_is_not_padded():
-    examples = toy([3, 3])
-    packs = Items(examples, Mixture(examples), packing=Packing(8))
-    with pytest.raises(ValueError, match="padding_free"):
-        Collator()([packs[0]])
+def test_a_batch_of_packs_by_hand():
+    examples = toy([3, 2, 4, 1], weights=[1.0, 0.5, 2.0, 0.25])
+    first, second = examples_as_item(examples, [0, 1]), examples_as_item(examples, [2])
+    batch = Collator(pad=9)([first, second])
+    assert "attention_mask" not in batch, "transformers sees packs by their positions alone"
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 1000, 1001], [2000, 2001, 2002, 2003, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]], "padding goes on, it opens no sample"
+    assert batch["loss_mask"].int().tolist() == [[0, 1, 1, 0, 1], [0, 1, 1, 1, 0]]
+    assert batch["segment"].tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, -1]]
+    assert batch["weight"].tolist() == [1.0, 0.5, 2.0] and batch["row"].tolist() == [0, 1, 2]
+
+
+def examples_as_item(examples, rows):
+    """A pack of these rows, by the library's own reading of an order that holds nothing else."""
+    mixture = Mixture(examples)
+    mixture.order = lambda start, stop: np.resize(rows, stop)[start:]
+    return Items(examples, mixture, packing=Packing(int(examples.lengths[rows].sum())), max_steps=1)[0]
 
 
 @pytest.mark.parametrize("pad", [PAD, END])
@@ -678,12 +690,13 @@ def test_padding_and_packing_change_no_loss(real, model):
     singles = Items(real, mixture, max_steps=1, items_per_step=8)
     with torch.no_grad():
         alone = torch.cat([nll(model, Collator(multiple_of=1)([singles[i]])) for i in range(8)])
-        for collate in (Collator(), Collator(pad=END, multiple_of=64), Collator(padding_free=True)):
+        for collate in (Collator(), Collator(pad=END, multiple_of=64), Collator(one_row=True)):
             torch.testing.assert_close(nll(model, collate([singles[i] for i in range(8)])), alone, rtol=1e-4, atol=1e-3)
         packs = Items(real, mixture, packing=Packing(950), max_steps=1, items_per_step=2)
-        batch = Collator(padding_free=True)([packs[0], packs[1]])
-        expected = torch.stack([alone[list(short).index(row)] for row in batch["row"].tolist()])
-        torch.testing.assert_close(nll(model, batch), expected, rtol=1e-4, atol=1e-3)
+        for one_row in (False, True):
+            batch = Collator(one_row=one_row)([packs[0], packs[1]])
+            expected = torch.stack([alone[list(short).index(row)] for row in batch["row"].tolist()])
+            torch.testing.assert_close(nll(model, batch), expected, rtol=1e-4, atol=1e-3)
 
 
 def fed(tmp_path, model, items, collate, *, resume=None, **arguments):
@@ -717,7 +730,7 @@ def test_every_step_sees_the_rows_that_step_rows_tells(tmp_path, real, model, ac
     examples = replace(examples, tokens=examples.tokens % 6000)
     mixture = Mixture(examples, {"current": 0.6, "replay": 0.4}, seed=4)
     items = Items(examples, mixture, packing=Packing(16, 3) if packed else None, epochs=1.5)
-    seen = fed(tmp_path, model, items, Collator(padding_free=packed), per_device_train_batch_size=2,
+    seen = fed(tmp_path, model, items, Collator(one_row=packed), per_device_train_batch_size=2,
                gradient_accumulation_steps=accumulation)  # fmt: skip
     assert len(items) % (2 * accumulation) or accumulation == 1, "the last step is not short"
     assert seen == all_steps(items, 2, accumulation)
@@ -732,11 +745,11 @@ def test_workers_and_steps_and_resume(tmp_path, model):
     examples = replace(examples, tokens=examples.tokens % 6000)
     how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
     items = Items(examples, Mixture(examples), packing=Packing(24), max_steps=6, items_per_step=4)
-    whole = fed(tmp_path / "a", model, items, Collator(padding_free=True), dataloader_num_workers=1, **how)
+    whole = fed(tmp_path / "a", model, items, Collator(one_row=True), dataloader_num_workers=1, **how)
     assert whole == all_steps(items, 2, 2)
     assert len(whole) == 6
-    fed(tmp_path / "b", model, items, Collator(padding_free=True), save_strategy="steps", save_steps=4, **how)
-    rest = fed(tmp_path / "b", model, items, Collator(padding_free=True), resume=tmp_path / "b/checkpoint-4", **how)
+    fed(tmp_path / "b", model, items, Collator(one_row=True), save_strategy="steps", save_steps=4, **how)
+    rest = fed(tmp_path / "b", model, items, Collator(one_row=True), resume=tmp_path / "b/checkpoint-4", **how)
     assert rest == {step: whole[step] for step in (4, 5)}
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from train.config import CftConfig, CptConfig, load
 from train.data import Examples
 from train.methods import Cft
 from train.mixing import Mixture
-from train.packing import Collator, Items
+from train.packing import Collator, Items, Packing
 from train.run import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -123,22 +124,28 @@ def test_accumulation_changes_nothing_but_rounding(place, plain):
 
 
 def test_packing_changes_nothing_but_rounding(place, start):
-    # the same eight samples as padded rows and end to end in one row: the same loss, the same gradients
+    # the same samples as padded rows, as packs in rows and as packs in one row: the same loss, the same gradients
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(start)
     examples = Examples.read(place / "data", AutoTokenizer.from_pretrained(start), max_length=512, too_long="truncate")
-    items = Items(examples, Mixture(examples))
+    mixture = Mixture(examples)
+    packs = Items(examples, mixture, packing=Packing(512, 1))
+    held = packs.rows(range(3))
+    assert len(held) > 4 and (np.bincount([packs[k].rows.size for k in range(3)])[2:]).sum(), "some pack has several"
+    singles = Items(examples, mixture)
+    assert singles.rows(range(len(held))).tolist() == held.tolist(), "window 1 keeps the order"
     found = []
-    for padding_free in (False, True):
-        batch = Collator(0, padding_free=padding_free)([items[k] for k in range(8)])
+    for items, n, one_row in ((singles, len(held), False), (packs, 3, False), (packs, 3, True)):
+        batch = Collator(0, one_row=one_row)([items[k] for k in range(n)])
         model.zero_grad()
         loss, _ = Cft().loss(model, batch, batch["loss_mask"].sum())
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
-    (padded, a), (packed, b) = found
-    assert torch.isclose(padded, packed, atol=1e-5)
-    assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) < 1e-5
+    (padded, a), *others = found
+    for packed, b in others:
+        assert torch.isclose(padded, packed, atol=1e-5)
+        assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
 def test_a_heavy_kl_term_keeps_the_reference(place, start):
