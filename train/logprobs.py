@@ -189,7 +189,8 @@ class AdapterOff:
 def keeps_samples_apart(model: nn.Module, rows: int = 1) -> bool:
     """Whether this model, as it is configured, keeps the samples of a packed row apart: four tiny forward passes.
 
-    `rows`: packed rows of a batch; flash attention keeps samples apart where there is one row alone. Recurrent models carry their state over, and some architectures know no packing. Dropout must be off.
+    `rows`: packed rows of a batch; flash attention keeps samples apart where there is one row alone. Recurrent models
+    carry their state over, and some architectures know no packing. Dropout must be off.
     """
     device = next(model.parameters()).device
     both = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [4, 3, 2, 1, 5, 6, 7, 8]], device=device)  # another first sample

@@ -135,8 +135,9 @@ class Collator:
 
     input_ids, position_ids [b, t] int64 (positions from 0 in each sample); loss_mask [b, t] bool, True at targets;
     segment [b, t] int64, which of the batch's n samples a token is of, -1 = padding; weight [n] float32 and row [n]
-    int64 of the samples in their order; where each row is one sample: attention_mask [b, t] int64, 1 = token, 0 = padding.
-    Padding is on the right. What is padding, and what is a target, the masks say: the padding token may well be the end token.
+    int64 of the samples in their order; where each row is one sample: attention_mask [b, t] int64, 1 = token, 0 =
+    padding. Padding is on the right. What is padding, and what is a target, the masks say: the padding token may well
+    be the end token.
 
     Packs and blocks are rows too, and their samples are kept apart by the positions, which transformers sees where it
     gets no attention_mask and no cache: call the model with `use_cache=False`. Attention then costs the square of a
