@@ -79,7 +79,7 @@ def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -
         found = evaluate(_settings(EvalConfig, config, settings), say)
         for name, value in found.items() if not quiet else ():
             if isinstance(value, dict):
-                sys.stdout.write(f"{name.replace('_', ' '):<28}{_shown(value)}\n")
+                sys.stdout.write(f"{name.replace('_', ' '):<30}{_shown(value)}\n")
 
 
 def _shown(found: dict[str, Any]) -> str:
@@ -134,23 +134,40 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@app.command()
+def lineage(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    step: Annotated[int, typer.Argument(help="counted from 1, as logs and checkpoints count")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a row")] = False,
+) -> None:
+    """Which rows a step of a run saw; `curate explain MANIFEST UID` says why each of them is in the set.
+
+    Example: train lineage runs/cft 40
+    """
+    with _errors():
+        from train.lineage import seen
+
+        rows = seen(run, step)
+        if as_json:
+            sys.stdout.write(rows.write_ndjson())
+            return
+        width = max(len(task) for task in rows["task"])
+        for uid, task, origin in rows.iter_rows():
+            sys.stdout.write(f"{uid}  {task:<{width}}  {origin}\n")
+
+
 @app.command(name="metrics")
 def metrics_(
     matrix: Annotated[Path, typer.Argument(help="CSV of R: T+1 lines of T numbers, line 1 = before training")],
     upper: Annotated[str | None, typer.Option(help="scores of each task trained alone: 0.9,0.8,…")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """AP, backward transfer, forgetting, zero-shot forward transfer and relative gain of an R matrix."""
+    """AP, backward transfer, forgetting, both forward transfers and relative gain of an R matrix."""
     try:
         with matrix.open(newline="", encoding="utf-8") as file:
             r = [[float(cell) for cell in line] for line in csv.reader(file) if line]
-        found: dict[str, object] = {"average_performance": metrics.average_performance(r)}
-        if len(r[0]) > 1:
-            found |= {
-                name: getattr(metrics, name)(r) for name in ("backward_transfer", "forgetting", "forward_transfer")
-            }
-        if upper is not None:
-            found["relative_gain"] = metrics.relative_gain(r, [float(u) for u in upper.split(",")]).tolist()
+        best = [float(u) for u in upper.split(",")] if upper is not None else None
+        found = metrics.every(r, best)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {matrix}: {error}\n")
         raise typer.Exit(1) from None
@@ -159,7 +176,7 @@ def metrics_(
         return
     for name, value in found.items():
         shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
-        sys.stdout.write(f"{name.replace('_', ' '):<22}{shown}\n")
+        sys.stdout.write(f"{name.replace('_', ' '):<30}{shown}\n")
 
 
 def main() -> None:

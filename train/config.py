@@ -57,7 +57,11 @@ class RunConfig(Section):
     packing: bool = Field(False, description="samples end to end without padding, none of them split")
     pack_length: int | None = Field(None, gt=1, description="tokens of a pack; by default max_length")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the weights; auto: bfloat16 on a GPU, float32 elsewhere"
+        "auto", description="of the weights in memory; auto: bfloat16 on a GPU where only an adapter is trained, else "
+        "float32, for small steps are lost in bfloat16 weights (matrix products are bfloat16 on a GPU: `bf16`)"
+    )  # fmt: skip
+    save_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the final model; auto: as trained"
     )
     attention: str | None = Field(None, description="transformers' attn_implementation: sdpa, flash_attention_2, …")
     lora: dict[str, Any] | None = Field(None, description="keys of peft.LoraConfig: {r: 16, use_dora: true}")

@@ -24,6 +24,7 @@ from curate.models import LocalModel, ModelConfig, Prompt, Sampling
 from curate.models.reward import OVERLAPS
 from curate.settings import Section
 from train import metrics
+from train.plots import heat_map
 
 ITEMS: dict[str, Any] = {
     "checkpoint": pl.Int32, "model": pl.String, "uid": pl.String, "task": pl.String, "stage": pl.Int32,
@@ -74,6 +75,7 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
         lines = csv.writer(file)
         lines.writerow(["checkpoint", *tasks])
         lines.writerows([name, *scores] for name, scores in zip(config.models, r.tolist(), strict=True))
+    heat_map(r, config.models, tasks, config.metric, out / "matrix.svg")
     text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (out / "metrics.json").write_text(text, encoding="utf-8")
     return found
@@ -129,8 +131,9 @@ def summary(items: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
     resampled = [np.stack([s[:, rng.integers(0, s.shape[1], s.shape[1])].mean(1) for s in scores.values()], 1)
                  for _ in range(DRAWS)]  # fmt: skip
     found: dict[str, Any] = {"tasks": tasks, "models": config.models, "metric": config.metric}
-    for name, of in _metrics(tasks, r.shape, config).items():
-        found[name] = {"value": of(r), "interval": _interval([of(each) for each in resampled])}
+    drawn = [_metrics(tasks, each, config) for each in resampled]
+    for name, value in _metrics(tasks, r, config).items():
+        found[name] = {"value": value, "interval": _interval([each[name] for each in drawn])}
     correct = {t: _per_item(items, t, "correct").astype(bool) for t in tasks}
     before, after = (np.concatenate([correct[t][i] for t in tasks]) for i in (0, -1))
     found["ACC"] = {"value": float(after.mean())}
@@ -146,17 +149,12 @@ def _per_item(items: pl.DataFrame, task: str, column: str) -> NDArray[Any]:
     return part[column].to_numpy().reshape(n, -1)
 
 
-def _metrics(tasks: list[str], shape: tuple[int, ...], config: EvalConfig) -> dict[str, Callable[[Floats], Any]]:
-    """Names of what R allows: all of them need a checkpoint a stage, and one before."""
-    found: dict[str, Callable[[Floats], Any]] = {"last": lambda r: float(r[-1].mean())}
-    if shape[0] == shape[1] + 1:
-        found["average_performance"] = metrics.average_performance
-        if len(tasks) > 1:
-            found |= {"backward_transfer": metrics.backward_transfer, "forgetting": metrics.forgetting,
-                      "forward_transfer_zero_shot": metrics.forward_transfer}  # fmt: skip
-            if config.upper is not None:
-                upper = [config.upper[t] for t in tasks]
-                found["relative_gain"] = lambda r: metrics.relative_gain(r, upper).tolist()
+def _metrics(tasks: list[str], r: Floats, config: EvalConfig) -> dict[str, Any]:
+    """The mean of the last checkpoint; and what R allows where there is a checkpoint a stage, and one before."""
+    found: dict[str, Any] = {"last": float(r[-1].mean())}
+    if len(r) == len(tasks) + 1:
+        upper = None if config.upper is None else [config.upper[t] for t in tasks]
+        found |= metrics.every(r, upper)
     return found
 
 

@@ -53,6 +53,20 @@ def forward_transfer(scores: ArrayLike) -> float:
     return float((before_own_stage - r[0])[1:].mean())
 
 
+def forward_transfer_single_task(scores: ArrayLike, single: ArrayLike) -> float:
+    """FWT against single-task training: 1/(T-1) Σ_{j≥2} (R[j][j] - single_j): what earlier tasks added to learning j.
+
+    The other thing that the field calls FWT. `single` [T] is the score of each task trained alone.
+
+    >>> forward_transfer_single_task([[0, 0], [1, 0], [1, 0.75]], single=[1, 1])  # task 2 alone would reach 1
+    -0.25
+    """
+    r, alone = _r(scores, at_least=2), np.asarray(single, np.float64)
+    if alone.shape != (r.shape[1],):
+        raise ValueError(f"single must be {r.shape[1]} scores, not of shape {alone.shape}")
+    return float((np.diagonal(r, offset=-1) - alone)[1:].mean())
+
+
 def relative_gain(scores: ArrayLike, upper: ArrayLike) -> Matrix:
     """Relative gain_i = 100/(i-1) Σ_{j<i} R[i][j]/upper_j, per cent, for each stage i from the second on.   -> [T-1].
 
@@ -66,6 +80,22 @@ def relative_gain(scores: ArrayLike, upper: ArrayLike) -> Matrix:
         raise ValueError(f"upper must be {r.shape[1]} positive scores, not {best.tolist()}")
     part = r[1:] / best  # [T, T], stage by task
     return np.array([100 * part[i - 1, : i - 1].mean() for i in range(2, r.shape[1] + 1)])
+
+
+def every(scores: ArrayLike, upper: ArrayLike | None = None) -> dict[str, float | list[float]]:
+    """All metrics that R allows, by name; those against single-task training where `upper` [T] is given."""
+    r = _r(scores)
+    found: dict[str, float | list[float]] = {"average_performance": average_performance(r)}
+    if r.shape[1] > 1:
+        found |= {
+            "backward_transfer": backward_transfer(r),
+            "forgetting": forgetting(r),
+            "forward_transfer_zero_shot": forward_transfer(r),
+        }
+        if upper is not None:
+            found["forward_transfer_single_task"] = forward_transfer_single_task(r, upper)
+            found["relative_gain"] = relative_gain(r, upper).tolist()
+    return found
 
 
 def knowledge_gain_ratio(before: ArrayLike, after: ArrayLike) -> float:

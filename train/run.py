@@ -1,8 +1,9 @@
 """A training run from its settings to its folder: data, model, method, trainer, what was seen, the final model.
 
 A run folder holds `run.json` (resolved settings, manifest hashes, git state, versions), `checkpoint-N/`, `model/` (the
-final weights or adapter, loadable by transformers, PEFT and vLLM), `log.jsonl`, and `too_long.parquet` where samples
-were cut or dropped. `run.json` is there before the first step, `model/` only when the run is through.
+final weights or adapter, loadable by transformers, PEFT and vLLM), `log.jsonl`, `lineage.parquet` (which rows each step
+sees), and `too_long.parquet` where samples were cut or dropped. `run.json` is there before the first step, `model/`
+only when the run is through.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import set_seed
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
+from train import lineage
 from train.config import CftConfig, CptConfig, RunConfig
 from train.data import Examples
 from train.logprobs import AdapterOff, keeps_samples_apart
@@ -31,12 +33,14 @@ from train.mixing import Mixture
 from train.models import open_model, open_tokenizer, read_fisher, with_adapter
 from train.packing import Collator, Items, Packing
 from train.screen import Progress
-from train.trainer import RehearseTrainer, checkpoints
+from train.trainer import RehearseTrainer, checkpoints, whole
 
 CONFIGS: dict[str, type[RunConfig]] = {"cft": CftConfig, "cpt": CptConfig}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
 MODEL = "model"
 HOUSEKEEPING = (
+    "save_dtype",
+    "merge",
     "save_steps",
     "save_total_limit",
     "save_strategy",
@@ -78,13 +82,15 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
         )
     model, method = _method(name, config, model)
     facts = _facts(name, config, theirs, arguments)
-    decides = {key: value for key, value in facts["training"].items() if key not in HOUSEKEEPING}
-    identity = {"method": name, "settings": content_hash([facts["settings"], decides, facts["data"]])}
+    decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
+    identity = {"method": name, "settings": content_hash([decides, facts["data"]])}
     if arguments.process_index == 0:
         _claim(out, facts, config.resume)
         examples.write_too_long(out)
+        lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
+                      arguments.world_size)  # fmt: skip
     trainer = RehearseTrainer(
-        method=method, examples=examples, identity=identity, model=model, args=arguments, train_dataset=items,
+        method=method, identity=identity, model=model, args=arguments, train_dataset=items,
         eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, quiet)],
         data_collator=Collator(tokenizer.pad_token_id or 0, one_row=flash),
     )  # fmt: skip
@@ -193,7 +199,7 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
 def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
     folders = [*config.data, *config.eval_data]
     data = {folder: sha256_file(config.path(folder) / "provenance.json") for folder in folders}
-    kept = {"out", "resume", "base"}
+    kept = {"out", "resume", "base"}  # where, not what
     return {
         "method": name,
         "settings": {key: value for key, value in config.model_dump().items() if key not in kept},
@@ -233,13 +239,15 @@ def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: 
     staging, final = out / ".model", out / MODEL
     if trainer.args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
-    trainer.save_model(str(staging))
-    if not trainer.args.should_save:
-        return final
-    if config.merge and config.lora is not None:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(staging / "merged")
-        tokenizer.save_pretrained(staging / "merged")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staging, final)
+    if config.save_dtype != "auto":
+        trainer.accelerator.unwrap_model(trainer.model).to(getattr(torch, config.save_dtype))
+    with whole(staging, "the last checkpoint is whole, and the same command ends the run from there"):
+        trainer.save_model(str(staging))
+        if trainer.args.should_save and config.merge and config.lora is not None:
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(staging / "merged")
+            tokenizer.save_pretrained(staging / "merged")
+    if trainer.args.should_save:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staging, final)
     return final

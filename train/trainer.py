@@ -14,15 +14,19 @@ import json
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from curate.errors import InputError
 from train.data import Examples
@@ -30,6 +34,7 @@ from train.methods.base import Method, token_weights
 
 MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
 STATE = "method.safetensors"
+Sums = dict[str, list[Tensor]]  # by name: pairs of a sum and how many it is of
 
 
 class RehearseTrainer(Trainer):
@@ -37,17 +42,20 @@ class RehearseTrainer(Trainer):
 
     Args:
         method: what the loss is.
-        examples: the rows that batches point to, for losses by origin and task and for lineage.
         identity: what a checkpoint belongs to: method, data, settings; compared when one is resumed.
         more: transformers.Trainer's own arguments.
     """
 
-    def __init__(self, *, method: Method, examples: Examples, identity: dict[str, Any], **more: Any) -> None:
+    def __init__(self, *, method: Method, identity: dict[str, Any], **more: Any) -> None:
         super().__init__(**more)
-        self.method, self.examples, self.identity = method, examples, identity
+        self.method, self.identity = method, identity
+        trained, measured = more["train_dataset"], more.get("eval_dataset")
+        self.examples: Examples = trained.examples  # that batches point to: for losses by origin and task, and for uids
+        self.eval_examples: Examples = trained.examples if measured is None else measured.examples
         self.loss_is_scaled_for_ga = True  # the normaliser counts the whole step
         self.folder = Path(str(self.args.output_dir))
-        self.sums: dict[str, list[Tensor]] = defaultdict(list)
+        self.sums: Sums = defaultdict(list)
+        self.evaluated: Sums = defaultdict(list)
         self.tokens, self.clock = 0, time.monotonic()
         self.add_callback(_AfterStep(method))
         self.remove_callback(PrinterCallback)  # prints every dictionary of values
@@ -70,13 +78,15 @@ class RehearseTrainer(Trainer):
         if normaliser is None:  # evaluation: every batch by itself
             normaliser = (token_weights(inputs) * inputs["loss_mask"]).sum()
         loss, logged = self.method.loss(model, inputs, normaliser)
-        if model.training:
-            penalty, more = self.method.penalty(model)
-            logged |= more
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
-            if penalty is not None:
-                loss = loss + penalty / self.current_gradient_accumulation_steps
-            self._watch(loss, logged, inputs)
+        if not model.training:
+            _by_group(logged["logps"], inputs, self.eval_examples, self.evaluated)
+            return (loss, {"loss": loss.detach()}) if return_outputs else loss
+        penalty, more = self.method.penalty(model)
+        logged |= more
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        if penalty is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps
+        self._watch(loss, logged, inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def prediction_step(
@@ -87,6 +97,20 @@ class RehearseTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach().mean(), None, None
+
+    def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
+        """NLL per target token over all rows, and by origin and task (the library's mean is over batches).
+
+        On several processes the library repeats some rows, so that all have as many batches.
+        """
+        began = time.monotonic()
+        self.evaluated.clear()
+        output = super().evaluation_loop(*args, **more)
+        found = self._means(self.evaluated, ["loss", *_groups(self.eval_examples)])
+        prefix = more.get("metric_key_prefix", "eval")
+        output = output._replace(metrics={**(output.metrics or {}), **{f"{prefix}_{k}": v for k, v in found.items()}})
+        self.clock += time.monotonic() - began
+        return output
 
     def _watch(self, loss: Tensor, logged: dict[str, Tensor], batch: Any) -> None:
         """Keep what `log` reports; stop at a loss that is not a number."""
@@ -102,32 +126,13 @@ class RehearseTrainer(Trainer):
             self.sums[name].append(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]))
         self.tokens += int((batch["segment"] >= 0).sum())
         if logps is not None:
-            self._by_group(logps, batch)
-
-    def _by_group(self, logps: Tensor, batch: Any) -> None:
-        """NLL and number of target tokens by origin and by task."""
-        mask, segment = batch["loss_mask"], batch["segment"].clamp_min(0)
-        n = batch["row"].shape[0]
-        nll = logps.new_zeros(n).index_add_(0, segment[mask], -logps[mask])
-        count = logps.new_zeros(n).index_add_(0, segment[mask], torch.ones_like(logps[mask]))
-        both = torch.stack([nll, count]).cpu()  # [2, n]
-        rows = batch["row"].cpu().numpy()
-        for kind, codes, names in (("origin", self.examples.origin, self.examples.origin_names),
-                                   ("task", self.examples.task, self.examples.task_names)):  # fmt: skip
-            for code in sorted(set(codes[rows].tolist())):
-                self.sums[f"{kind}/{names[code]}"].append(both[:, codes[rows] == code].sum(1))
+            _by_group(logps, batch, self.examples, self.sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
         if self.sums and "loss" in logs:
-            names = sorted(self.sums) if self.args.world_size <= 1 else self._names_of_all()
-            for name in names:
-                parts = [each.to(self.args.device) for each in self.sums.get(name, [torch.zeros(2)])]
-                total = torch.stack(parts).sum(0)
-                if self.args.world_size > 1:
-                    total = self.accelerator.gather(total[None]).sum(0)
-                key = f"loss_{name}" if "/" in name else name
-                logs[key] = float(total[0] / total[1].clamp_min(1e-9))
+            names = sorted(n for n in self.sums if "/" not in n and n != "loss")
+            logs |= self._means(self.sums, [*names, *_groups(self.examples)])
             seconds = max(time.monotonic() - self.clock, 1e-9)
             logs["tokens_per_second"] = self.tokens * self.args.world_size / seconds
             if (mfu := self._mfu(logs["tokens_per_second"])) is not None:
@@ -136,10 +141,17 @@ class RehearseTrainer(Trainer):
             self.tokens, self.clock = 0, time.monotonic()
         super().log(logs, start_time)
 
-    def _names_of_all(self) -> list[str]:
-        """Names that any process has a value for, in one order: all of them gather together."""
-        known = [f"origin/{n}" for n in self.examples.origin_names] + [f"task/{n}" for n in self.examples.task_names]
-        return [*sorted(n for n in self.sums if "/" not in n), *known]
+    def _means(self, sums: Sums, names: list[str]) -> dict[str, float]:
+        """Means over all processes, which must ask for the same names, as they gather together."""
+        found = {}
+        for name in names if self.args.world_size > 1 else [n for n in names if n in sums]:
+            parts = [each.to(self.args.device) for each in sums.get(name, [torch.zeros(2)])]
+            total = torch.stack(parts).sum(0)
+            if self.args.world_size > 1:
+                total = self.accelerator.gather(total[None]).sum(0)
+            if float(total[1]) > 0:
+                found[name] = float(total[0] / total[1])
+        return found
 
     def _mfu(self, rate: float) -> float | None:
         """Share of the GPU's peak: 6 · parameters · tokens a second; None where the peak is not known."""
@@ -168,18 +180,13 @@ class RehearseTrainer(Trainer):
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                if state := self.method.state_dict():
-                    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
-                mark = {"step": self.state.global_step, **self.identity}
-                (folder / MARK).write_text(json.dumps(mark, sort_keys=True), encoding="utf-8")
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(
-                f"{folder}: the checkpoint could not be written: {error.strerror or error}",
-                remedy="make room; the checkpoint before it is whole, and the same command goes on from there",
-            ) from None
+            with whole(folder, "the checkpoint before it is whole, and the same command goes on from there"):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    if state := self.method.state_dict():
+                        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
+                    mark = {"step": self.state.global_step, **self.identity}
+                    (folder / MARK).write_text(json.dumps(mark, sort_keys=True), encoding="utf-8")
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save and limit:
@@ -213,10 +220,48 @@ class RehearseTrainer(Trainer):
             self.method.load_state_dict(load_file(checkpoint / STATE))
 
 
+@contextmanager
+def whole(folder: Path, remedy: str) -> Iterator[None]:
+    """What is written into a folder inside: all of it, or the folder is gone and the error says what to do.
+
+    Raises:
+        InputError: the disk is full, or refuses otherwise.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's way to say so
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(f"{folder}: could not be written: {getattr(error, 'strerror', None) or error}",
+                         remedy=f"make room; {remedy}") from None  # fmt: skip
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
     found = [f for f in folder.glob("checkpoint-*") if (f / MARK).is_file() and f.name[11:].isdigit()]
     return sorted(found, key=lambda f: int(f.name[11:]))
+
+
+def _groups(examples: Examples) -> list[str]:
+    """Names of the losses by origin and by task."""
+    named = (("origin", examples.origin_names), ("task", examples.task_names))
+    return [f"loss_{kind}/{name}" for kind, names in named for name in names]
+
+
+def _by_group(logps: Tensor, batch: Any, examples: Examples, sums: Sums) -> None:
+    """Add NLL and number of target tokens, in all, by origin and by task."""
+    mask, segment = batch["loss_mask"], batch["segment"].clamp_min(0)
+    n = batch["row"].shape[0]
+    nll = logps.new_zeros(n).index_add_(0, segment[mask], -logps[mask])
+    count = logps.new_zeros(n).index_add_(0, segment[mask], torch.ones_like(logps[mask]))
+    both = torch.stack([nll, count]).cpu()  # [2, n]
+    rows = batch["row"].cpu().numpy()
+    sums["loss"].append(both.sum(1))
+    for kind, codes, names in (("origin", examples.origin, examples.origin_names),
+                               ("task", examples.task, examples.task_names)):  # fmt: skip
+        for code in sorted(set(codes[rows].tolist())):
+            sums[f"loss_{kind}/{names[code]}"].append(both[:, codes[rows] == code].sum(1))
 
 
 class _AfterStep(TrainerCallback):
