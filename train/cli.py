@@ -79,7 +79,12 @@ def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -
         found = evaluate(_settings(EvalConfig, config, settings), say)
         for name, value in found.items() if not quiet else ():
             if isinstance(value, dict):
-                sys.stdout.write(f"{name.replace('_', ' '):<30}{_shown(value)}\n")
+                sys.stdout.write(f"{_title(name)}{_shown(value)}\n")
+
+
+def _title(name: str) -> str:
+    shown = "forward transfer, zero-shot" if name == "forward_transfer" else name.replace("_", " ")
+    return f"{shown:<30}"  # the field calls two things forward transfer
 
 
 def _shown(found: dict[str, Any]) -> str:
@@ -176,7 +181,7 @@ def metrics_(
         return
     for name, value in found.items():
         shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
-        sys.stdout.write(f"{name.replace('_', ' '):<30}{shown}\n")
+        sys.stdout.write(f"{_title(name)}{shown}\n")
 
 
 def main() -> None:

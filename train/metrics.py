@@ -83,14 +83,17 @@ def relative_gain(scores: ArrayLike, upper: ArrayLike) -> Matrix:
 
 
 def every(scores: ArrayLike, upper: ArrayLike | None = None) -> dict[str, float | list[float]]:
-    """All metrics that R allows, by name; those against single-task training where `upper` [T] is given."""
+    """All metrics that R allows, by the functions' names (`forward_transfer` is the zero-shot one).
+
+    Those against single-task training where `upper` [T] is given.
+    """
     r = _r(scores)
     found: dict[str, float | list[float]] = {"average_performance": average_performance(r)}
     if r.shape[1] > 1:
         found |= {
             "backward_transfer": backward_transfer(r),
             "forgetting": forgetting(r),
-            "forward_transfer_zero_shot": forward_transfer(r),
+            "forward_transfer": forward_transfer(r),
         }
         if upper is not None:
             found["forward_transfer_single_task"] = forward_transfer_single_task(r, upper)

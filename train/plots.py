@@ -23,7 +23,9 @@ def heat_map(
     rows, columns = scores.shape
     numbers = columns <= 20 and rows <= 40
     with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(2.5 + 0.55 * columns, 1.6 + 0.32 * rows), layout="constrained")
+        width, height = max(0.6 * columns, 1.8), max(0.34 * rows, 0.7)  # inches of the cells; labels come beside them
+        figure = pyplot.figure(figsize=(width, height))
+        axes = figure.add_axes((0, 0, 1, 1))
         low, high = 0.0, max(1e-9, float(scores.max()))
         image = axes.imshow(scores, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(columns), [_short(t) for t in tasks], rotation=45, ha="right", rotation_mode="anchor")
@@ -34,8 +36,8 @@ def heat_map(
         for i, j in np.ndindex(rows, columns) if numbers else ():
             ink = "black" if scores[i, j] > 0.6 * high else "white"
             axes.text(j, i, f"{scores[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=8)
-        figure.colorbar(image, ax=axes, label=metric)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        figure.colorbar(image, cax=figure.add_axes((1 + 0.15 / width, 0, 0.12 / width, 1)), label=metric)
+        figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.15)
         pyplot.close(figure)
 
 

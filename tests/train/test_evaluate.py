@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import xml.dom.minidom
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from curate.errors import InputError
 from train.evaluate import EvalConfig, evaluate, matrix, summary
 from train.fisher import FisherConfig, estimate, fisher
 from train.models import read_fisher
+from train.plots import heat_map
 
 ROOT = Path(__file__).parent.parent.parent
 STARTER = str(ROOT / "examples/starter")
@@ -53,7 +56,8 @@ def test_the_matrix_and_its_metrics_by_hand():
     found = summary(table, config(upper={"x": 1.0, "y": 1.0}))
     assert found["average_performance"]["value"] == 0.75
     assert found["backward_transfer"]["value"] == -0.5
-    assert found["forward_transfer_zero_shot"]["value"] == 0
+    assert found["forward_transfer"]["value"] == 0
+    assert found["forward_transfer_single_task"]["value"] == 0  # R[2][2] − 1
     assert found["relative_gain"]["value"] == [50.0]
     assert found["ACC"]["value"] == 0.75  # 3 of 4 right at the end
     assert found["KGR"]["value"] == 0.75  # 3 of 4 wrong before are right now
@@ -82,6 +86,20 @@ def test_a_checkpoint_is_scored_item_by_item(held_out, tmp_path):
     assert math.isclose(found["last"]["value"], table.filter(checkpoint=1)["score"].mean())
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "out/matrix.csv").read_text().splitlines()[0] == "checkpoint,sentiment_analysis,misc"
+    picture = (tmp_path / "out/matrix.svg").read_text()
+    assert "sentiment_analysis" in picture and "rouge_l of each task by each checkpoint" in picture
+
+
+def test_the_heat_map_shows_every_score_and_is_the_same_twice(tmp_path):
+    r = np.array([[0.0, 0.25], [0.5, 0.25], [0.375, 1.0]])
+    for name in ("a", "b"):
+        heat_map(r, ["start", "stage <1>", "x" * 40 + "/stage-2"], ["t&1", "t2"], "exact", tmp_path / f"{name}.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    shown = [float(v) for v in re.findall(r">(\d\.\d\d)</text>", text)]
+    assert [v for v in (0.0, 0.25, 0.5, 0.38, 1.0) if v not in shown] == []
+    assert "stage &lt;1&gt;" in text and "t&amp;1" in text and "x" * 30 not in text
+    xml.dom.minidom.parseString(text)
 
 
 def test_prompts_without_room_are_named(held_out, tmp_path):

@@ -28,6 +28,8 @@ def test_by_hand():
     assert metrics.forgetting(R) == pytest.approx(((0.9 - 0.6) + (0.8 - 0.2)) / 2)
     # task 2 before its stage: R[1][2] − R[0][2] = 0.4 − 0.2; task 3: R[2][3] − R[0][3] = 0.1 − 0.3
     assert metrics.forward_transfer(R) == pytest.approx((0.2 - 0.2) / 2)
+    # against training alone: R[2][2] − 0.7 and R[3][3] − 0.9, so (0.1 − 0.2)/2
+    assert metrics.forward_transfer_single_task(R, [1, 0.7, 0.9]) == pytest.approx(-0.05)
     # stage 2: 100·0.5/1; stage 3: 100·(0.6/1 + 0.2/0.8)/2
     assert metrics.relative_gain(R, [1, 0.8, 1]).tolist() == pytest.approx([50, 42.5])
 
@@ -51,6 +53,8 @@ def test_refusals():
         metrics.forgetting([[0], [1]])
     with pytest.raises(ValueError, match="positive"):
         metrics.relative_gain(R, [1, 0, 1])
+    with pytest.raises(ValueError, match="3 scores"):
+        metrics.forward_transfer_single_task(R, [1, 1])
     with pytest.raises(ValueError, match="one length"):
         metrics.knowledge_gain_ratio([True], [True, False])
 
@@ -61,7 +65,8 @@ def test_command_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "train.cli", "metrics", str(file), "--upper", "1,0.8,1"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "forgetting            0.4500" in done.stdout
+    assert "forgetting                    0.4500" in done.stdout
+    assert "forward transfer, zero-shot   0.0000" in done.stdout
     assert "50.00, 42.50" in done.stdout
     file.write_text("1,2\n3")
     bad = subprocess.run([sys.executable, "-m", "train.cli", "metrics", str(file)], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Whole runs through the real trainer: a tiny Llama, real rows, the real command line."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,10 +20,12 @@ from curate.build import build
 from curate.errors import InputError
 from train.config import CftConfig, CptConfig, load
 from train.data import Examples
+from train.lineage import seen
 from train.methods import Cft
 from train.mixing import Mixture
 from train.packing import Collator, Items, Packing
 from train.run import run
+from train.trainer import checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
 STARTER = ROOT / "examples/starter"
@@ -108,6 +112,80 @@ def test_the_model_loads_elsewhere_and_has_learned(place, plain):
     lines = [json.loads(line) for line in (place / "plain/log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_every_step_tells_its_rows(place, plain):
+    samples = pl.read_parquet(place / "data/samples.parquet")
+    steps = [seen(place / "plain", k) for k in range(1, 7)]
+    assert [s.height for s in steps] == [4] * 6
+    every = pl.concat(steps)
+    assert every.join(samples, on=["uid", "task", "origin"], how="semi").height == 24
+    assert every["uid"].n_unique() == 24, "an epoch is longer than this run: no row came twice"
+    done = subprocess.run([sys.executable, "-m", "train.cli", "lineage", str(place / "plain"), "6", "--json"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert [json.loads(line)["uid"] for line in done.stdout.splitlines()] == steps[5]["uid"].to_list()
+    with pytest.raises(InputError, match="steps 1 to 6"):
+        seen(place / "plain", 7)
+    with pytest.raises(InputError, match="name the folder of a run"):
+        seen(place / "data", 1)
+
+
+def test_the_table_of_steps_is_what_the_loss_saw(place, tmp_path, monkeypatch):
+    met = []
+    plain_loss = Cft.loss
+
+    def loss(self, model, batch, normaliser):
+        met.append(batch["row"].tolist())
+        return plain_loss(self, model, batch, normaliser)
+
+    monkeypatch.setattr(Cft, "loss", loss)
+    trained(place, tmp_path / "out", "per_device_train_batch_size=2", "gradient_accumulation_steps=2", "max_steps=3",
+            "packing=true", "mixture={current: 0.7, replay: 0.3}")  # fmt: skip
+    from transformers import AutoTokenizer
+
+    examples = Examples.read(place / "data", AutoTokenizer.from_pretrained(STARTER))
+    for step in range(3):
+        rows = met[2 * step] + met[2 * step + 1]
+        assert seen(tmp_path / "out", step + 1)["uid"].to_list() == examples.uids(rows)
+
+
+def test_evaluation_is_a_mean_over_tokens_by_task_and_the_best_checkpoint_is_kept(place, start, tmp_path):
+    # The rate is far too high, so the loss before the first evaluation is never reached again.
+    words = (f"eval_data={place / 'data'}", "eval_strategy=steps", "eval_steps=2", "load_best_model_at_end=true",
+             "save_total_limit=1", "learning_rate=1.0", "max_grad_norm=0", "lr_scheduler_type=constant",
+             "per_device_eval_batch_size=7")  # fmt: skip
+    found = trained(place, tmp_path / "out", *words, model=start)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line for line in lines if "eval_loss" in line}
+    assert sorted(measured) == [2, 4, 6]
+    best = min(measured, key=lambda k: measured[k]["eval_loss"])
+    kept = sorted(int(c.name[11:]) for c in checkpoints(tmp_path / "out"))
+    assert best in kept and same(found, weights(tmp_path / f"out/checkpoint-{best}"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    examples = Examples.read(place / "data", AutoTokenizer.from_pretrained(start), max_length=512, too_long="truncate")
+    items, sums = Items(examples, Mixture(examples)), {}
+    for k in range(len(items)):  # one row at a time: Σ −log π over all targets of a task / their number
+        batch = Collator(0)([items[k]])
+        mask = batch["loss_mask"][0, 1:]
+        with torch.no_grad():
+            logp = model(batch["input_ids"]).logits[0, :-1].log_softmax(-1)
+        nll = -logp.gather(1, batch["input_ids"][0, 1:, None])[mask].sum().item()
+        for key in ("loss", "loss_task/" + examples.task_names[examples.task[batch["row"][0]]]):
+            total, n = sums.get(key, (0.0, 0))
+            sums[key] = total + nll, n + int(mask.sum())
+    for key, (total, n) in sums.items():
+        assert measured[best][f"eval_{key}"] == pytest.approx(total / n, rel=1e-4), key
+    assert len(sums) == 3
+
+
+def test_the_final_model_can_be_saved_in_half_precision(place, plain):
+    shutil.copytree(place / "plain", place / "half")
+    half = trained(place, place / "half", "save_dtype=bfloat16")  # goes on from the last step: only the end is anew
+    assert {v.dtype for v in half.values()} == {torch.bfloat16}
+    assert same(half, {k: v.to(torch.bfloat16) for k, v in plain.items()})
+    assert json.loads((place / "half/model/config.json").read_text())["dtype"] == "bfloat16"
 
 
 # --- identities ---
@@ -198,6 +276,27 @@ def test_killed_at_any_moment_and_started_again(place, plain):
     assert same(plain, weights(out / "model"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
+@pytest.mark.parametrize("room", [300_000, 1_200_000])  # neither the weights fit, or the optimizer's state does not
+def test_a_full_disk_leaves_the_last_good_checkpoint(place, plain, tmp_path, room):
+    out = tmp_path / "out"
+    shutil.copytree(place / "plain", out)
+    for late in ("checkpoint-6", "model"):
+        shutil.rmtree(out / late)
+    assert [c.name for c in checkpoints(out)] == ["checkpoint-4"]
+    limited = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY)); "
+               "from train.cli import main; main()")  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    words = settings(place, out)
+    full = subprocess.run([sys.executable, "-c", limited, "cft", *words], env=env, capture_output=True, text=True)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "checkpoint-6: could not be written" in full.stderr and "make room" in full.stderr
+    assert [c.name for c in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    again = subprocess.run([sys.executable, "-m", "train.cli", "cft", *words], env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert same(plain, weights(out / "model"))
+
+
 def test_a_checkpoint_of_another_run_is_refused(place, plain):
     out = place / "other"
     shutil.copytree(place / "plain", out)
@@ -243,6 +342,20 @@ def test_cpt_trains_on_all_tokens(place):
                                           if not w.startswith(("max_length", "too_long"))])  # fmt: skip
     folder = run("cpt", ours, theirs, quiet=True)
     assert (folder / "model.safetensors").is_file()
+    first = seen(place / "cpt", 1)
+    assert first.height > 4, "blocks of 128 tokens hold several rows or pieces"
+
+
+def test_cpt_from_random_weights_begins_at_a_uniform_guess_and_mixes_domains(place):
+    # nats a token of a uniform guess over 6,144: ln 6144 = 8.72; small random weights are near it
+    words = ["pack_length=128", "packing=true", "mixture={current: 0.9, replay: 0.1}", "max_steps=2", "logging_steps=1"]
+    kept = [w for w in settings(place, place / "cpt2", *words) if not w.startswith(("max_length", "too_long"))]
+    ours, theirs = load(CptConfig, None, kept)
+    run("cpt", ours, theirs, quiet=True)
+    first = json.loads((place / "cpt2/log.jsonl").read_text().splitlines()[0])
+    assert abs(first["loss"] - math.log(6144)) < 0.1
+    rows = pl.read_parquet(place / "cpt2/lineage.parquet")
+    assert 0 < rows.filter(origin="replay").height / rows.height < 0.25
 
 
 # --- bad input ---
