@@ -25,7 +25,7 @@ from train.config import CftConfig
 from train.data import Examples
 from train.logprobs import token_logps
 from train.methods.cft import plain_name
-from train.models import open_model, open_tokenizer
+from train.models import end_tokens, open_model, open_tokenizer
 from train.packing import Collator, Item
 
 
@@ -55,7 +55,8 @@ def fisher(config: FisherConfig) -> Path:
     tokenizer, model = open_tokenizer(run), open_model(run)
     model = model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     most = config.max_length or getattr(model.config, "max_position_embeddings", None)
-    examples = Examples.read([run.path(d) for d in run.data], tokenizer, max_length=most, too_long="truncate")
+    examples = Examples.read([run.path(d) for d in run.data], tokenizer, max_length=most, too_long="truncate",
+                             ends=end_tokens(run, tokenizer))  # fmt: skip
     rows = chosen(examples, config)
     found = estimate(model, batches(examples, rows, tokenizer.pad_token_id or 0, model.device))
     anchor = {plain_name(n): p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in found}

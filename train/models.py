@@ -30,6 +30,22 @@ def open_tokenizer(config: RunConfig) -> Any:
         raise InputError(f"tokenizer {name!r} cannot be loaded: {str(error)[:500]}") from None
 
 
+def end_tokens(config: RunConfig, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and those that the model's files name (Gemma's `<end_of_turn>`)."""
+    from transformers import AutoConfig, GenerationConfig
+
+    found = [tokenizer.eos_token_id]
+    if config.model is not None:
+        folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
+        for kind in (AutoConfig, GenerationConfig):
+            try:
+                named = kind.from_pretrained(folder, local_files_only=True).eos_token_id
+            except (OSError, ValueError, AttributeError):  # no such file, or a config that open_model will tell of
+                continue
+            found += named if isinstance(named, list) else [named]
+    return {token for token in found if token is not None}
+
+
 def open_model(config: RunConfig, name: str | None = None, where: str = "model") -> Any:
     """A causal language model with its weights, or with random ones of the run's seed where `init` is given.
 

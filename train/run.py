@@ -30,7 +30,7 @@ from train.data import Examples
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
 from train.mixing import Mixture
-from train.models import open_model, open_tokenizer, read_fisher, with_adapter
+from train.models import end_tokens, open_model, open_tokenizer, read_fisher, with_adapter
 from train.packing import Collator, Items, Packing
 from train.screen import Progress
 from train.trainer import RehearseTrainer, checkpoints, whole
@@ -120,7 +120,7 @@ def _examples(name: str, config: RunConfig, folders: list[str], tokenizer: Any) 
     paths = [config.path(folder) for folder in folders]
     most = config.max_length if name != "cpt" else None
     return Examples.read(paths, tokenizer, max_length=most, too_long=config.too_long,
-                         loss_on="all" if name == "cpt" else "answer")  # fmt: skip
+                         loss_on="all" if name == "cpt" else "answer", ends=end_tokens(config, tokenizer))  # fmt: skip
 
 
 def _packing(name: str, config: RunConfig, examples: Examples) -> Packing | None:

@@ -23,6 +23,7 @@ from train.data import Examples
 from train.lineage import seen
 from train.methods import Cft
 from train.mixing import Mixture
+from train.models import end_tokens, open_tokenizer
 from train.packing import Collator, Items, Packing
 from train.run import run
 from train.trainer import checkpoints
@@ -305,6 +306,48 @@ def test_a_checkpoint_of_another_run_is_refused(place, plain):
 
 
 # --- methods ---
+
+
+def test_the_answer_ends_where_the_model_says(place, start, tmp_path):
+    # A chat template that ends a turn with a token of its own, which generation_config.json names, as Gemma's does.
+    shutil.copytree(start, tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text(
+        "{% for m in messages %}<|user|>{{ m['content'] }}<|system|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}"
+    )
+    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    ours, _ = load(CftConfig, None, [f"model={tmp_path / 'm'}", f"data={place / 'data'}", "out=x"])
+    tokenizer = open_tokenizer(ours)
+    assert end_tokens(ours, tokenizer) == {1, 4}
+    examples = Examples.read(place / "data", tokenizer, ends=end_tokens(ours, tokenizer))
+    assert {int(examples.row_tokens(k)[-1]) for k in range(len(examples))} == {4}, "the turn's end, nothing behind it"
+
+
+def test_a_batch_without_a_target_is_no_loss_and_no_gradient(start):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(start)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "loss_mask": torch.zeros(1, 3, dtype=torch.bool),
+             "segment": torch.zeros(1, 3, dtype=torch.long), "weight": torch.ones(1)}  # fmt: skip
+    loss, _ = Cft().loss(model, batch, torch.tensor(0.0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_sample_longer_than_the_context_is_named(place, tmp_path):
+    short = {**TINY, "max_position_embeddings": 64}
+    (tmp_path / "short.json").write_text(json.dumps(short))
+    words = [
+        f"init={tmp_path / 'short.json'}",
+        f"tokenizer={STARTER}",
+        f"data={place / 'data'}",
+        f"out={tmp_path / 'o'}",
+    ]
+    with pytest.raises(InputError, match=r"uid [0-9a-f]{32}: \d+ tokens, the model's context is 64") as error:
+        run("cft", *load(CftConfig, None, words), quiet=True)
+    assert "max_length=64" in str(error.value)
+    assert not (tmp_path / "o").exists()
 
 
 def test_lora_trains_the_adapter_only(place, start):
