@@ -150,12 +150,14 @@ def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, A
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(OWN)
     if wrong := next((key for key in data if key in OWN), None):
         raise InputError(f"{wrong}: this trainer sets it itself", remedy="leave it out; see `train cft --help`")
-    theirs = {key: _number(value) for key, value in data.items() if key in known and key not in model.model_fields}
+    theirs = {key: _meant(key, value) for key, value in data.items() if key in known and key not in model.model_fields}
     return {key: value for key, value in data.items() if key not in theirs}, theirs
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-5 as a text; TrainingArguments wants a number."""
+def _meant(key: str, value: Any) -> Any:
+    """YAML reads 1e-5 as a text and `no` as false; TrainingArguments wants a number, and `save_strategy: no`."""
+    if value is False and key.endswith("_strategy"):
+        return "no"
     if isinstance(value, str):
         try:
             return float(value)

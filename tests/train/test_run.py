@@ -425,6 +425,12 @@ def test_bad_settings_are_found_before_the_first_step(place, tmp_path, words, ma
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
+def test_yaml_words_mean_what_training_arguments_mean(place, tmp_path):
+    (tmp_path / "run.yaml").write_text("save_strategy: no\nlearning_rate: 1e-5\nweight_decay: 0.1\nreport_to: none\n")
+    _, theirs = load(CftConfig, tmp_path / "run.yaml", ["model=m", "data=d", "out=o"])
+    assert theirs == {"save_strategy": "no", "learning_rate": 1e-5, "weight_decay": 0.1, "report_to": "none"}
+
+
 def test_a_loss_that_is_no_number_stops_with_its_rows(place, tmp_path):
     with pytest.raises(InputError, match=r"step \d+: the loss is (nan|inf); the batch held [0-9a-f]{32}"):
         trained(place, tmp_path / "out", "learning_rate=1e30", "max_grad_norm=0", "lr_scheduler_type=constant")
