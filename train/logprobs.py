@@ -83,10 +83,11 @@ def token_values(
     Args:
         model: a causal LM of transformers, or anything around one that is called like it.
         batch: `input_ids` [b, t]; `loss_mask` [b, t] bool, True where the token is a target: it is predicted from the
-            position before it, so a sample's first token never is one; optionally `attention_mask` ([b, t], or 4-D as
-            the attention implementation wants it) and `position_ids` [b, t]. Where positions are missing and padding
-            is on the left they are counted along the mask, so that padding changes nothing, on either side. For packed
-            rows give `position_ids` that start anew and no `attention_mask`. Other keys are ignored.
+            position before it, so a sample's first token never is one; optionally `attention_mask` ([b, t], or 4-D:
+            bool, True = may see, or as the attention implementation wants it) and `position_ids` [b, t]. Where
+            positions are missing and padding is on the left they are counted along the mask, so that padding changes
+            nothing, on either side. For packed rows give `position_ids` that start anew and no `attention_mask`. Other
+            keys are ignored.
         of: which measures: "logps", "entropy", "kl".
         reference: π_ref of "kl": another model, or a callable that returns a context in which `model` itself is the
             reference, such as `AdapterOff(model)`. Its dropout is the caller's to switch off. If it is sharded by
@@ -304,12 +305,21 @@ def _inputs(causal: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, A
     ).parameters  # of the class: accelerate may have wrapped the method
     given: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     mask = given.get("attention_mask")
+    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and _is_eager(causal):
+        given["attention_mask"] = torch.zeros_like(mask, dtype=causal.dtype).masked_fill(
+            ~mask, torch.finfo(causal.dtype).min
+        )
     uncounted = given.get("position_ids") is None and "position_ids" in accepted
     if uncounted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
         given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         given["use_cache"] = False  # not for speed alone: with a cache transformers takes a packed row for one sample
     return given
+
+
+def _is_eager(causal: PreTrainedModel) -> bool:
+    """Its attention adds the mask to the scores, where others take a bool one."""
+    return causal.config._attn_implementation == "eager"
 
 
 def _before(target: Tensor, hidden: Tensor) -> Tensor:

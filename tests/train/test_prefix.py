@@ -1,0 +1,113 @@
+"""A prompt and its answers in one pass: the layout by hand, and the same numbers as one row an answer."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.logprobs import sequence_logps, token_logps
+from train.prefix import Cost, batch_of, groups, shares_prefixes
+
+
+def ids(*tokens):
+    return np.array(tokens, np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, max_position_embeddings=64)
+    ).eval()  # fmt: skip
+
+
+def test_two_answers_in_a_row_by_hand():
+    batch = batch_of([ids(1, 2, 3)], [[ids(7, 8), ids(9)]], [[[0, 1]]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 8, 3, 9]], "the prompt's last token stands before each answer"
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3]]
+    assert batch["segment"].tolist() == [[-1, -1, -1, 0, 0, -1, 1]]
+    assert batch["loss_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0, 1]]
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1, 1],
+    ]  # fmt: skip
+
+
+def test_one_row_an_answer_needs_no_block_mask():
+    batch = batch_of([ids(1, 2), ids(4)], [[ids(7)], [ids(8, 9), ids(5)]], [[[0]], [[0], [1]]], pad=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 7], [4, 8, 9], [4, 5, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert batch["segment"].tolist() == [[-1, -1, 0], [-1, 1, 1], [-1, 2, -1]], "answers are counted over all prompts"
+
+
+def test_groups():
+    cost = Cost(attention=1e-3, mask=2.0)
+    assert groups(10, [5, 5, 5], "separate", cost) == [[0], [1], [2]]
+    assert groups(10, [5, 5, 5], "shared", cost) == [[0, 1, 2]]
+    # 9 of the prompt + 6 + 6 = 21 fit into 21, a third answer does not; an answer that fits nowhere gets a row
+    assert groups(10, [5, 5, 5], "shared", cost, limit=21) == [[0, 1], [2]]
+    assert groups(10, [50, 5, 5], "shared", cost, limit=21) == [[0], [1, 2]]
+    assert groups(10, [5], "auto", cost) == [[0]]
+    # 256 and 4 × 64: shared 255 + 4 · 65 = 515 tokens, 515 + 2e-3 · 515² = 1,045; separate 4 · 422 = 1,690
+    assert len(groups(256, [64] * 4, "auto", cost)) == 1
+    # 8 and 2 × 256: shared 521 + 2e-3 · 521² = 1,064; separate 2 · (264 + 1e-3 · 264²) = 667
+    assert len(groups(8, [256] * 2, "auto", cost)) == 2
+
+
+def logps_and_gradient(model, prompts, answers, rows):
+    batch = batch_of(prompts, answers, rows)
+    n = sum(map(len, answers))
+    model.zero_grad()
+    found = sequence_logps(token_logps(model, batch), batch["loss_mask"], batch["segment"], n)
+    (found * torch.linspace(1, 2, n)).sum().backward()
+    return found.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=3
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.integers(8, 40), st.integers(0, 1000))
+def test_shared_and_split_rows_say_what_separate_rows_say(model, shapes, limit, seed):
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 50, p).astype(np.int32) for p, _ in shapes]
+    answers = [[rng.integers(1, 50, n).astype(np.int32) for n in some] for _, some in shapes]
+    how = {"separate": None, "shared": None, "split": limit}
+    found = {
+        name: logps_and_gradient(model, prompts, answers, [
+            groups(p, some, "separate" if name == "separate" else "shared", Cost(), most) for p, some in shapes])
+        for name, most in how.items()
+    }  # fmt: skip
+    for name in ("shared", "split"):
+        for a, b in zip(found[name], found["separate"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_prompt_predicts_from_the_first_token_of_the_answer():
+    batch = batch_of([ids()], [[ids(7, 8), ids(9, 5)]], [[[0, 1]]])
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 5]]
+    assert batch["loss_mask"].int().tolist() == [[0, 1, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+
+
+def test_models_that_do_not_obey_are_found(model):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    assert shares_prefixes(model)
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    assert not shares_prefixes(recurrent)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_attention_implementations(model, kind):
+    from transformers import LlamaForCausalLM
+
+    other = LlamaForCausalLM._from_config(model.config, attn_implementation=kind).eval()
+    assert shares_prefixes(other)
