@@ -24,7 +24,7 @@ from transformers import set_seed
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
-from train import lineage
+from train import lineage, parallel
 from train.config import CftConfig, CptConfig, RunConfig
 from train.data import Examples
 from train.logprobs import AdapterOff, keeps_samples_apart
@@ -180,8 +180,9 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     from transformers import TrainingArguments
 
     half = config.dtype != "float32" and torch.cuda.is_available()
+    parallel.check_installed(theirs)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
                "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True,
                "ddp_find_unused_parameters": False, "bf16": half,
@@ -189,8 +190,17 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
             output_dir=config.out, remove_unused_columns=False, average_tokens_across_devices=True,
             label_names=["loss_mask"],
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(f"training arguments: {str(error)[:500]}") from None
+    parallel.check(arguments)
+    if config.merge and (parallel.sharded(arguments) or parallel.zero3(arguments)):
+        raise InputError(
+            "merge: no process has the whole model", remedy="merge the saved adapter afterwards, with PEFT"
+        )
+    if parallel.zero3(arguments) and (getattr(config, "ewc", None) or getattr(config, "o_lora", None)):
+        raise InputError("ewc and o_lora need whole parameters, which ZeRO-3 does not show",
+                         remedy="ZeRO-2, FSDP2 or DDP")  # fmt: skip
+    return arguments
 
 
 # --- the run folder ---
@@ -204,11 +214,18 @@ def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: A
         "method": name,
         "settings": {key: value for key, value in config.model_dump().items() if key not in kept},
         "training": {**theirs, "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
-                     "max_steps": arguments.max_steps},
+                     "max_steps": arguments.max_steps, **_processes(arguments)},
         "data": data,
         "git": _git(),
         "packages": {package: version(package) for package in PACKAGES},
     }  # fmt: skip
+
+
+def _processes(arguments: Any) -> dict[str, Any]:
+    """Which rows a step has, and what a checkpoint looks like, depends on them."""
+    if arguments.world_size == 1:
+        return {}
+    return {"processes": arguments.world_size, "sharded": parallel.sharded(arguments)}
 
 
 def _git() -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +31,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from curate.errors import InputError
 from train.data import Examples
-from train.methods.base import Method, token_weights
+from train.methods.base import Method
+from train.parallel import Whole, compile_layers, shards_on_cpus
 
 MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
 STATE = "method.safetensors"
@@ -57,18 +59,29 @@ class RehearseTrainer(Trainer):
         self.sums: Sums = defaultdict(list)
         self.evaluated: Sums = defaultdict(list)
         self.tokens, self.clock = 0, time.monotonic()
+        self.whole: Whole | None = None  # the parameters, where the model is sharded
+        if self.args.torch_compile:
+            compile_layers(more["model"], self.args.torch_compile_backend, self.args.torch_compile_mode)
         self.add_callback(_AfterStep(method))
         self.remove_callback(PrinterCallback)  # prints every dictionary of values
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's, which then shards on CPUs too and compiles nothing: the whole model would be in each step."""
+        with shards_on_cpus(self.args):
+            super().create_accelerator_and_postprocess()
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+
+    def _prepare_for_training(self, *args: Any, **more: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **more)
+        self.whole = Whole(model) if self.is_fsdp_enabled else None
+        return model, loader
 
     # --- the loss ---
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Σ w·m over all passes of the step and all processes."""
-        total = sum((token_weights(b) * b["loss_mask"]).sum(dtype=torch.float64) for b in batch_samples)
-        found = torch.as_tensor(total, dtype=torch.float64, device="cpu").to(torch.float32).to(device)
-        if self.args.world_size > 1:
-            found = self.accelerator.gather(found).sum()
-        return found
+        """The method's size of the whole step: added up over all passes and all processes, [g]."""
+        total = torch.stack([self.method.size(batch) for batch in batch_samples]).sum(0).to(device)
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -76,12 +89,12 @@ class RehearseTrainer(Trainer):
         """The method's loss of one pass, and its penalty once a step."""
         normaliser = num_items_in_batch
         if normaliser is None:  # evaluation: every batch by itself
-            normaliser = (token_weights(inputs) * inputs["loss_mask"]).sum()
+            normaliser = self.method.size(inputs)
         loss, logged = self.method.loss(model, inputs, normaliser)
         if not model.training:
-            _by_group(logged["logps"], inputs, self.eval_examples, self.evaluated)
+            _by_group(logged["rows"], inputs, self.eval_examples, self.evaluated)
             return (loss, {"loss": loss.detach()}) if return_outputs else loss
-        penalty, more = self.method.penalty(model)
+        penalty, more = self.method.penalty(self.whole or model)
         logged |= more
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         if penalty is not None:
@@ -121,12 +134,12 @@ class RehearseTrainer(Trainer):
                 f"{', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
                 remedy="lower learning_rate, or look at these rows with `curate explain`; the last checkpoint is whole",
             )
-        logps = logged.pop("logps", None)
+        _by_group(logged.pop("rows"), batch, self.examples, self.sums)
         for name, value in logged.items():
-            self.sums[name].append(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]))
+            self.sums[name].append(
+                value.float() if value.dim() else torch.stack([value.float(), torch.ones_like(value)])
+            )
         self.tokens += int((batch["segment"] >= 0).sum())
-        if logps is not None:
-            _by_group(logps, batch, self.examples, self.sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
@@ -182,6 +195,7 @@ class RehearseTrainer(Trainer):
         try:
             with whole(folder, "the checkpoint before it is whole, and the same command goes on from there"):
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process has written its part
                 if self.args.should_save:
                     if state := self.method.state_dict():
                         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
@@ -197,6 +211,16 @@ class RehearseTrainer(Trainer):
         whole = [c for c in checkpoints(self.folder) if str(c) not in kept]
         for folder in whole[: max(0, len(whole) - limit)]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The library's; but the final model is whole even where checkpoints are in shards."""
+        if self.is_fsdp_enabled and not _internal_call:
+            state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model)  # on the first process, else empty
+            tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+            state |= {name: state[source] for name, source in tied.items() if name in state and source in state}
+            self._save(output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The library's files without the pickled arguments."""
@@ -249,14 +273,9 @@ def _groups(examples: Examples) -> list[str]:
     return [f"loss_{kind}/{name}" for kind, names in named for name in names]
 
 
-def _by_group(logps: Tensor, batch: Any, examples: Examples, sums: Sums) -> None:
-    """Add NLL and number of target tokens, in all, by origin and by task."""
-    mask, segment = batch["loss_mask"], batch["segment"].clamp_min(0)
-    n = batch["row"].shape[0]
-    nll = logps.new_zeros(n).index_add_(0, segment[mask], -logps[mask])
-    count = logps.new_zeros(n).index_add_(0, segment[mask], torch.ones_like(logps[mask]))
-    both = torch.stack([nll, count]).cpu()  # [2, n]
-    rows = batch["row"].cpu().numpy()
+def _by_group(losses: Tensor, batch: Any, examples: Examples, sums: Sums) -> None:
+    """Add the losses of a batch's rows [2, n], and how many they are of: in all, by origin and by task."""
+    both, rows = losses.detach().cpu(), batch["row"].cpu().numpy()
     sums["loss"].append(both.sum(1))
     for kind, codes, names in (("origin", examples.origin, examples.origin_names),
                                ("task", examples.task, examples.task_names)):  # fmt: skip

@@ -218,7 +218,7 @@ def test_packing_changes_nothing_but_rounding(place, start):
     for items, n, one_row in ((singles, len(held), False), (packs, 3, False), (packs, 3, True)):
         batch = Collator(0, one_row=one_row)([items[k] for k in range(n)])
         model.zero_grad()
-        loss, _ = Cft().loss(model, batch, batch["loss_mask"].sum())
+        loss, _ = Cft().loss(model, batch, batch["loss_mask"].sum()[None])
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
     (padded, a), *others = found
@@ -327,9 +327,9 @@ def test_a_batch_without_a_target_is_no_loss_and_no_gradient(start):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(start)
-    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "loss_mask": torch.zeros(1, 3, dtype=torch.bool),
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "loss_mask": torch.zeros(1, 3, dtype=torch.bool), "row": torch.zeros(1),
              "segment": torch.zeros(1, 3, dtype=torch.long), "weight": torch.ones(1)}  # fmt: skip
-    loss, _ = Cft().loss(model, batch, torch.tensor(0.0))
+    loss, _ = Cft().loss(model, batch, torch.zeros(1))
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 """input_ids, position_ids, loss_mask, segment [b, t] (attention_mask where rows are padded); weight, row [n]."""
+
+
+Logged = dict[str, Tensor]
+"""What a pass reports: a number, or [2]: a sum and how many it is of. `rows` [2, n]: loss of each of the batch's rows
+and how many it is of, for the losses by origin and task."""
 
 
 class Method(Protocol):
@@ -16,14 +22,17 @@ class Method(Protocol):
 
     name: str
 
-    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def size(self, batch: Batch) -> Tensor:
+        """What the loss of a batch is divided by, [g] numbers: target tokens by weight, prompts, prompts of a task …"""
+
+    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
         """(loss, what to log) of one forward pass.
 
-        `normaliser` is Σ w·m over all passes of the step, on all processes: losses of the passes then simply add up,
-        whatever accumulation and world size are.
+        `normaliser` [g] is `size` added up over all passes of the step, on all processes: losses of the passes then
+        simply add up, whatever accumulation and world size are.
         """
 
-    def penalty(self, model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
         """(what depends on the parameters alone, what to log); counted once a step. None where there is nothing."""
 
     def after_step(self) -> None:
@@ -40,3 +49,16 @@ def token_weights(batch: Batch) -> Tensor:
     """The weight of each token's sample, 0 for padding.   [n], [b, t] -> [b, t]"""
     segment = batch["segment"]
     return batch["weight"][segment.clamp_min(0)] * (segment >= 0)
+
+
+def weighted_tokens(batch: Batch) -> Tensor:
+    """Σ w·m over the target tokens of a batch.   -> [1]"""
+    return (token_weights(batch) * batch["loss_mask"]).sum()[None]
+
+
+def by_sample(values: Tensor, batch: Batch) -> Tensor:
+    """[2, n]: the sum of token values over each sample's targets, and the number of them.   values [b, t]"""
+    mask, n = batch["loss_mask"], batch["row"].shape[0]
+    segment = batch["segment"][mask]
+    sums = values.new_zeros(n).index_add(0, segment, values[mask])
+    return torch.stack([sums, values.new_zeros(n).index_add(0, segment, torch.ones_like(values[mask]))])

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from train.logprobs import Measure, token_values
 from train.losses.cft import ewc_penalty, kl_penalty, orthogonality, weighted_nll
-from train.methods.base import Batch, token_weights
+from train.methods.base import Batch, Logged, by_sample, token_weights, weighted_tokens
 
 
 @dataclass
@@ -48,19 +49,23 @@ class Cft:
     old_adapters: dict[str, list[Tensor]] = field(default_factory=dict)
     name: str = "cft"
 
-    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """NLL, and KL where it is on. `logps` [b, t] among what is logged is for the losses by origin and task."""
-        mask, weight = batch["loss_mask"], token_weights(batch)
+    def size(self, batch: Batch) -> Tensor:
+        """Σ w·m: target tokens by the weight of their sample."""
+        return weighted_tokens(batch)
+
+    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
+        """NLL, and KL where it is on."""
+        mask, weight, own = batch["loss_mask"], token_weights(batch), self.size(batch)[0]
         measures: tuple[Measure, ...] = ("logps", "kl") if self.kl else ("logps",)
         found = token_values(model, batch, measures, reference=self.reference)  # one pass of the model for both
-        loss = weighted_nll(found["logps"], mask, weight, normaliser)
-        logged = {"logps": found["logps"].detach(), "nll": loss.detach()}
+        loss = weighted_nll(found["logps"], mask, weight, normaliser[0])
+        logged = {"rows": by_sample(-found["logps"].detach(), batch), "nll": _of(loss, normaliser[0], own)}
         if self.kl:
-            kl = kl_penalty(found["kl"], mask, weight, normaliser)
-            loss, logged["kl"] = loss + self.kl * kl, kl.detach()
+            kl = kl_penalty(found["kl"], mask, weight, normaliser[0])
+            loss, logged["kl"] = loss + self.kl * kl, _of(kl, normaliser[0], own)
         return loss, logged
 
-    def penalty(self, model: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
         """EWC and orthogonality, where they are on."""
         total, logged = None, dict[str, Tensor]()
         if not (self.ewc and self.fishers) and not (self.orthogonal and self.old_adapters):
@@ -89,6 +94,11 @@ class Cft:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to take up."""
+
+
+def _of(mean: Tensor, normaliser: Tensor, own: Tensor) -> Tensor:
+    """[2]: a sum that `normaliser` has divided, and how many of them are of this batch."""
+    return torch.stack([mean.detach() * normaliser, own.to(mean.dtype)])
 
 
 def plain_name(name: str) -> str:
