@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +152,35 @@ class Examples:
         """Rows of each origin, or of each task, ascending; only those that have rows."""
         codes, names = (self.origin, self.origin_names) if by == "origin" else (self.task, self.task_names)
         return {name: np.flatnonzero(codes == i) for i, name in enumerate(names)}
+
+    def take(self, rows: ArrayLike) -> Examples:
+        """Only these rows, in this order."""
+        rows = np.asarray(rows, np.int64)
+        parts = [self.row_tokens(row) for row in rows.tolist()]
+        return replace(
+            self, tokens=np.concatenate([self.tokens[:0], *parts]),
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
+            first_target=self.first_target[rows], weights=self.weights[rows], task=self.task[rows],
+            origin=self.origin[rows], uid=self.uid.gather(rows),
+        )  # fmt: skip
+
+    @classmethod
+    def concat(cls, parts: Sequence[Examples]) -> Examples:
+        """The rows of several, one behind the other."""
+        codes = {}
+        for kind in ("task", "origin"):
+            names = [np.array(getattr(p, f"{kind}_names"), object)[getattr(p, kind)] for p in parts]
+            codes[kind] = _codes(pl.Series(np.concatenate(names), dtype=pl.String))
+        return cls(
+            tokens=np.concatenate([p.tokens for p in parts]),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]))]).astype(np.int64),
+            first_target=np.concatenate([p.first_target for p in parts]),
+            weights=np.concatenate([p.weights for p in parts]),
+            task=codes["task"][0], task_names=codes["task"][1],
+            origin=codes["origin"][0], origin_names=codes["origin"][1],
+            uid=pl.concat([p.uid for p in parts]).rechunk(), too_long=pl.concat([p.too_long for p in parts]),
+            sources=tuple(source for p in parts for source in p.sources),
+        )  # fmt: skip
 
     def write_too_long(self, folder: Path) -> Path | None:
         """List in the run folder what was dropped or truncated, so that nothing disappears silently; None: nothing."""

@@ -1,0 +1,241 @@
+"""Prompts with several answers each, from a manifest's completions: what preference methods train on.
+
+It owns which completions make a set and what is wrong with one. It knows nothing of losses, and of layouts only that
+`prefix.py` decides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curate.errors import InputError
+from curate.manifest import Manifest
+from curate.models.base import Prompt
+from curate.models.chat import answer_ids
+from train.data import Examples, check_fingerprints
+from train.packing import Item
+from train.prefix import Cost, Layout, batch_of, groups
+
+Kind = Literal["ranked", "compared"]
+PREFERRED = ("human", "annotated", "policy")  # whose ranking counts where a prompt has several
+LISTED = "left_out.parquet"
+_WHY = {"uid": pl.String, "prompt_uid": pl.String, "task": pl.String, "reason": pl.String}
+_READ = ("uid", "prompt_uid", "task", "origin", "text", "token_ids", "token_logps", "temperature", "top_p", "rank",
+         "similarity")  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """n prompts with a answers in all; those of prompt i are bounds[i] … bounds[i + 1] - 1, by their uids.
+
+    Attributes:
+        rows: the prompts with their gold answers, as Examples.
+        source: [n] int32, which manifest a prompt is of: index into rows.sources.
+        bounds: [n + 1] int64.
+        tokens: of each answer [t], int32.
+        rank: [a] int32, 1 = best, ties share one; 0 = not ranked.
+        similarity: [a] float64, cosine to the gold answer; NaN = not compared.
+        logps: [a] float64, Σ log π over its tokens as the manifest has it, nats; NaN = not there.
+        uid: [a] uids of the completions.
+        left_out: completions and prompts that are not used, with the reason.
+    """
+
+    rows: Examples
+    source: NDArray[np.int32]
+    bounds: NDArray[np.int64]
+    tokens: list[NDArray[np.int32]]
+    rank: NDArray[np.int32]
+    similarity: NDArray[np.float64]
+    logps: NDArray[np.float64]
+    uid: pl.Series
+    left_out: pl.DataFrame
+
+    @classmethod
+    def of(
+        cls, manifests: Sequence[Manifest], tokenizer: Any, *, kind: Kind, ends: Collection[int],
+        policy: str | None = None, max_length: int | None = None, origins: Collection[str] = ("current", "replay", "augmented"),
+    ) -> Sets:  # fmt: skip
+        """The sets of manifests.
+
+        Args:
+            manifests: their samples are the prompts.
+            tokenizer: of the model that is trained; stored tokens must be its.
+            kind: ranked: the answers with a rank, of people where a prompt has such, else of annotators, else of the
+                policy; a prompt needs two that differ. compared: the answers with a similarity; a prompt may have none.
+            ends: tokens that end an answer.
+            policy: weight hash that stored log-probabilities must be of; None: any.
+            max_length: most tokens of a prompt with one of its answers; longer answers are left out, and listed.
+            origins: of the samples that are taken.
+
+        Raises:
+            InputError: stored tokens or log-probabilities of something else, or no usable set at all.
+        """
+        parts, why, source, bounds = [], [], [], [0]
+        kept: list[dict[str, Any]] = []
+        for number, manifest in enumerate(manifests):
+            check_fingerprints(manifest, tokenizer, policy)
+            every = Examples.of(manifest, tokenizer, ends=ends)
+            wanted = [name in origins for name in every.origin_names]
+            mine, texts = _answers(manifest, kind), _prompts(manifest)
+            taken = []
+            for row in np.flatnonzero(np.array(wanted, bool)[every.origin]).tolist():
+                uid = every.uid[row]
+                room = None if max_length is None else max_length - int(every.first_target[row])
+                good, bad = _usable(mine.get(uid, []), texts[uid], tokenizer, ends, room)
+                if kind == "ranked" and len(good) < 2:
+                    if mine.get(uid):
+                        bad.append({"uid": None, "reason": f"{len(good)} usable answer: nothing to compare"})
+                    good = []
+                why += [{**b, "prompt_uid": uid, "task": every.task_names[every.task[row]]} for b in bad]
+                if good or kind == "compared":
+                    taken.append(row)
+                    kept += good
+                    source.append(number)
+                    bounds.append(len(kept))
+            parts.append(every.take(taken))
+        if not kept:
+            raise _nothing(manifests, kind)
+        return cls(
+            rows=Examples.concat(parts), source=np.array(source, np.int32), bounds=np.array(bounds, np.int64),
+            tokens=[np.array(k["ids"], np.int32) for k in kept],
+            rank=np.array([k["rank"] or 0 for k in kept], np.int32),
+            similarity=np.array([np.nan if k["similarity"] is None else k["similarity"] for k in kept], np.float64),
+            logps=np.array([k["logp"] for k in kept], np.float64),
+            uid=pl.Series([k["uid"] for k in kept], dtype=pl.String),
+            left_out=pl.DataFrame(why, schema=_WHY),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def answers(self, row: int) -> range:
+        """Numbers of a prompt's answers."""
+        return range(int(self.bounds[row]), int(self.bounds[row + 1]))
+
+    def write_left_out(self, folder: Path) -> Path | None:
+        """List in the run folder what is not used, so that nothing disappears silently; None: nothing."""
+        if not self.left_out.height:
+            return None
+        self.left_out.write_parquet(folder / LISTED)
+        return folder / LISTED
+
+
+@dataclass(frozen=True)
+class SetCollator:
+    """Prompts to a batch: `prefix.batch_of`, and what is known of the answers.
+
+    Beside the tensors of `batch_of`: prompt [a] int64, which of the batch's prompts an answer is of; rank [a] int64,
+    similarity and ref_logps [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no rank);
+    weight [n] float32, row and source [n] int64 of the prompts.
+
+    Attributes:
+        sets: where the prompts are from.
+        gold: whether each prompt brings its gold answer too.
+        layout: how answers share rows.
+        cost: of a row, for the layout `auto`.
+        limit: most tokens of a shared row.
+        pad: any token.
+    """
+
+    sets: Sets
+    gold: bool = False
+    layout: Layout = "auto"
+    cost: Cost = field(default_factory=Cost)
+    limit: int | None = None
+    pad: int = 0
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """The batch of items (one row each: `Items` without packing)."""
+        sets, rows = self.sets, [int(item.rows[0]) for item in items]
+        prompts, answers, numbers = [], [], []
+        for row in rows:
+            whole, first = sets.rows.row_tokens(row), int(sets.rows.first_target[row])
+            mine = [sets.tokens[k] for k in sets.answers(row)]
+            prompts.append(whole[:first])
+            answers.append([*mine, whole[first:]] if self.gold else mine)
+            numbers.append([*sets.answers(row), -1] if self.gold else [*sets.answers(row)])
+        places = [groups(len(p), [len(a) for a in some], self.layout, self.cost, self.limit)
+                  for p, some in zip(prompts, answers, strict=True)]  # fmt: skip
+        batch = batch_of(prompts, answers, places, self.pad)
+        number = np.concatenate([np.array(n, np.int64) for n in numbers])
+        gold = number < 0
+        batch["prompt"] = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(n) for n in numbers]))
+        batch["gold"] = torch.from_numpy(gold)
+        batch["rank"] = torch.from_numpy(np.where(gold, 0, sets.rank[number]).astype(np.int64))
+        batch["similarity"] = torch.from_numpy(np.where(gold, np.nan, sets.similarity[number]))
+        batch["ref_logps"] = torch.from_numpy(np.where(gold, np.nan, sets.logps[number]))
+        batch["weight"] = torch.from_numpy(sets.rows.weights[rows])
+        batch["row"] = torch.tensor(rows)
+        batch["source"] = torch.from_numpy(sets.source[rows].astype(np.int64))
+        return batch
+
+
+def _prompts(manifest: Manifest) -> dict[str, Prompt]:
+    rows = manifest.samples.select("uid", "prompt", "tools").iter_rows()
+    return {uid: Prompt(uid, prompt, tools) for uid, prompt, tools in rows}
+
+
+def _answers(manifest: Manifest, kind: Kind) -> dict[str, list[dict[str, Any]]]:
+    """Completions of each prompt that belong to its set, by uid."""
+    rows = manifest.completions.select(*_READ)
+    if kind == "compared":
+        rows = rows.filter(pl.col("similarity").is_not_null(), pl.col("origin") == "policy")
+    else:
+        place = pl.col("origin").replace_strict(PREFERRED, range(3), default=None, return_dtype=pl.Int32)
+        rows = rows.with_columns(place=place).filter(pl.col("rank").is_not_null(), pl.col("place").is_not_null())
+        rows = rows.filter(pl.col("place") == pl.col("place").min().over("prompt_uid"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.sort("prompt_uid", "uid").iter_rows(named=True):
+        found.setdefault(row["prompt_uid"], []).append(row)
+    return found
+
+
+def _usable(
+    answers: list[dict[str, Any]], prompt: Prompt, tokenizer: Any, ends: Collection[int], room: int | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(answers with their tokens and log-probability, those left out with a reason)."""
+    good: dict[tuple[int, ...], dict[str, Any]] = {}
+    bad = []
+    for answer in answers:
+        ids = answer["token_ids"]
+        if ids is None:
+            ids = answer_ids(tokenizer, prompt, [{"role": "assistant", "content": answer["text"]}], ends)
+        key = tuple(ids)
+        if not ids:
+            bad.append({"uid": answer["uid"], "reason": "an answer of 0 tokens"})
+        elif room is not None and len(ids) > room:
+            bad.append({"uid": answer["uid"], "reason": f"{len(ids)} tokens, {room} fit beside the prompt"})
+        elif key in good:
+            first = good[key]
+            worse, better = sorted((answer, first), key=lambda a: a["rank"] or 0, reverse=True)
+            bad.append({"uid": worse["uid"], "reason": f"the same tokens as answer {better['uid']}"})
+            good[key] = better if "ids" in better else {**better, "ids": ids, "logp": _logp(better)}
+        else:
+            good[key] = {**answer, "ids": ids, "logp": _logp(answer)}
+    return list(good.values()), bad
+
+
+def _logp(answer: dict[str, Any]) -> float:
+    """Σ log π as stored; NaN where there is none, or where it is of a distribution that sampling has bent."""
+    logps = answer["token_logps"]
+    bent = answer["temperature"] not in (None, 0.0, 1.0) or answer["top_p"] not in (None, 1.0)
+    return float("nan") if logps is None or bent else float(np.sum(np.array(logps, np.float64)))
+
+
+def _nothing(manifests: Sequence[Manifest], kind: Kind) -> InputError:
+    folders = ", ".join(str(m.folder) for m in manifests)
+    if kind == "ranked":
+        return InputError(f"{folders}: no prompt has two ranked answers that differ",
+                          remedy="build with a source of format `ranked` or `preference`, or with `rollouts` and a "
+                          "reward")  # fmt: skip
+    return InputError(f"{folders}: no answer has a similarity to its target",
+                      remedy="build with `rollouts` and `candidates: {similarity: true}`")  # fmt: skip
