@@ -1,7 +1,6 @@
 """One model on several processes: what launchers (torchrun, accelerate) ask for, and what a run does not do under it.
 
-DDP and FSDP2 are tested on CPU processes. FSDP2 is asked for by accelerate's environment or by TrainingArguments' `fsdp`.
-Must not know: methods, losses.
+FSDP2 is asked for by accelerate's environment or by TrainingArguments' `fsdp`. Must not know: methods, losses.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType, PartialState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,7 +39,7 @@ def check_installed(keys: Mapping[str, Any]) -> None:
     """
     if (keys.get("deepspeed") or _told("ACCELERATE_USE_DEEPSPEED")) and find_spec("deepspeed") is None:
         raise InputError("deepspeed is asked for, but not installed",
-                         remedy="pip install deepspeed, or shard with FSDP2: examples/accelerate/fsdp2.yaml")  # fmt: skip
+                         remedy="pip install deepspeed, or use FSDP2: examples/accelerate/fsdp2.yaml")  # fmt: skip
 
 
 def check(arguments: Any) -> None:

@@ -80,7 +80,7 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
             f"{config.model or config.init}: this architecture lets the samples of a packed row see each other",
             remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
         )
-    model, method = _method(name, config, model)
+    model, method = _method(name, config, model, arguments.device)
     facts = _facts(name, config, theirs, arguments)
     decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
     identity = {"method": name, "settings": content_hash([decides, facts["data"]])}
@@ -156,11 +156,12 @@ def _check_context(model: Any, examples: Examples, config: RunConfig) -> None:
 # --- model and method ---
 
 
-def _method(name: str, config: RunConfig, model: Any) -> tuple[Any, Method]:
+def _method(name: str, config: RunConfig, model: Any, device: torch.device) -> tuple[Any, Method]:
     reference: Any = None
     if isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
         if config.kl.reference is not None or config.lora is None:
-            reference = open_model(config, config.kl.reference, "kl.reference").eval().requires_grad_(False)
+            reference = open_model(config, config.kl.reference, "kl.reference")
+            reference = reference.to(device).eval().requires_grad_(False)  # whole in each process
     old: dict[str, list[Tensor]] = {}
     if config.lora is not None:
         model, old = with_adapter(model, config, getattr(config, "o_lora", None))

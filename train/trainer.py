@@ -5,7 +5,8 @@ at the first loss that is not a number, with the uids of its batch, and checkpoi
 optimizers, schedules, processes and loggers are the library's.
 
 Departures from transformers.Trainer: `training_args.bin` (a pickle) is not written, run.json says the same; optimizer,
-schedule and random states are the library's own files, which it reads with `weights_only`.
+schedule and random states are the library's own files, which it reads with `weights_only`. (Sharded checkpoints are
+torch's distributed ones, whose `.metadata` is a pickle: go on from folders of your own only.)
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -92,7 +94,7 @@ class RehearseTrainer(Trainer):
             normaliser = self.method.size(inputs)
         loss, logged = self.method.loss(model, inputs, normaliser)
         if not model.training:
-            _by_group(logged["rows"], inputs, self.eval_examples, self.evaluated)
+            _by_group(self._once(logged["rows"], inputs), inputs, self.eval_examples, self.evaluated)
             return (loss, {"loss": loss.detach()}) if return_outputs else loss
         penalty, more = self.method.penalty(self.whole or model)
         logged |= more
@@ -111,11 +113,19 @@ class RehearseTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach().mean(), None, None
 
-    def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
-        """NLL per target token over all rows, and by origin and task (the library's mean is over batches).
+    def _once(self, rows: Tensor, batch: Any) -> Tensor:
+        """Nothing of the items that the library repeats, so that all processes have as many batches.   [2, n]"""
+        last, size = self.accelerator.gradient_state, self.args.eval_batch_size
+        new = max(0, last.remainder - self.args.process_index * size)
+        if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
+            return rows
+        if len(batch["input_ids"]) != size:  # items without rows of their own: flash attention's packs
+            return rows
+        again = batch["segment"][new:].unique()
+        return rows.index_fill(1, again[again >= 0], 0)
 
-        On several processes the library repeats some rows, so that all have as many batches.
-        """
+    def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
+        """NLL per target token over all rows, and by origin and task (the library's mean is over batches)."""
         began = time.monotonic()
         self.evaluated.clear()
         output = super().evaluation_loop(*args, **more)
@@ -194,6 +204,7 @@ class RehearseTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
         try:
             with whole(folder, "the checkpoint before it is whole, and the same command goes on from there"):
+                folder.mkdir(parents=True, exist_ok=True)  # processes ask whether it is there: is it the best?
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process has written its part
                 if self.args.should_save:
@@ -253,11 +264,12 @@ def whole(folder: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's way to say so
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):  # torch.save's way to say so
             raise
         shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(f"{folder}: could not be written: {getattr(error, 'strerror', None) or error}",
+        raise InputError(f"{folder}: could not be written: {getattr(cause, 'strerror', None) or cause}",
                          remedy=f"make room; {remedy}") from None  # fmt: skip
 
 
