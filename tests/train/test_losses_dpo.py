@@ -128,6 +128,15 @@ def test_nothing_to_prefer_costs_nothing(loss):
     assert not gradient(value, logps).any()
 
 
+def test_an_answer_that_became_impossible_spoils_no_gradient():
+    # −∞ for the worse one: a margin of ∞ costs nothing and pulls nowhere; beside itself it is −∞ + ∞, but makes no pair
+    logps = torch.tensor([[-3.0, -math.inf, -4.0]], requires_grad=True)
+    ranks, mask = torch.tensor([[1, 2, 1]]), torch.tensor([[True, True, False]])
+    loss = dpo_loss(logps, torch.full((1, 3), -3.0), ranks, 0.5, mask)
+    assert loss.item() == 0
+    assert gradient(loss, logps).tolist() == [[0, 0, 0]]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck_and_none_for_the_reference(loss):
     logps, ref, ranks, mask = ranked(3, 4, seed=1)

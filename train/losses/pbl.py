@@ -63,7 +63,7 @@ def preference_bias_loss(
     if negative == "literal":
         conflict = rho
     elif negative == "bounded":
-        conflict = -(2 / b) * F.logsigmoid(-b * rho)  # softplus would turn linear above 20
+        conflict = -(2 / b) * F.logsigmoid(-b * rho)
     else:
         raise ValueError(f"negative must be bounded or literal, not {negative!r}")
     return torch.where(aligned, -alpha * rho, beta * conflict).masked_fill(~mask, 0).sum(dim=1)
