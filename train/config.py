@@ -121,6 +121,65 @@ class CptConfig(RunConfig):
     """Continued pre-training: the loss is on all tokens."""
 
 
+class AnswersConfig(RunConfig):
+    """What methods over several answers of a prompt share."""
+
+    too_long: Literal["error", "drop"] = Field("error", description="what becomes of an answer that does not fit")
+    reference: Literal["manifest", "measure"] = Field(
+        "manifest", description="log π_ref: as the manifest has it (of the policy `model`), or as the model measures it "
+        "before training"
+    )  # fmt: skip
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="answers share their prompt's row, or each has one; auto: what is cheaper"
+    )
+    row_length: int | None = Field(4096, gt=1, description="tokens of a shared row at most; null = no limit")
+
+    @model_validator(mode="after")
+    def _no_packs(self) -> AnswersConfig:
+        if self.packing:
+            raise ValueError("`packing` is for single answers; here `layout` decides what shares a row")
+        return self
+
+
+class PblConfig(AnswersConfig):
+    """PBL: towards answers that agree with the target, off those that conflict with it, and to the target itself."""
+
+    threshold: float = Field(0.7, ge=-1, le=1, description="similarity from which an answer agrees, a cosine")
+    alpha: float = Field(1.0, ge=0, allow_inf_nan=False, description="α of the agreeing answers")
+    beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="β of the conflicting ones")
+    gamma: float = Field(1.0, ge=0, allow_inf_nan=False, description="γ of the target's NLL")
+    negative: Literal["bounded", "literal"] = Field("bounded", description="the conflicting term; literal: the paper's")
+    b: float = Field(1.0, gt=0, allow_inf_nan=False, description="how soon the bounded term lets go, 1/nat")
+
+
+class DpoConfig(AnswersConfig):
+    """DPO and IPO, with KL to the old policy."""
+
+    loss: Literal["dpo", "ipo"] = Field("dpo", description="the pairs' loss")
+    beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="β, 1/nat")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round")
+    reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of an answer: over its tokens")
+    gamma: float = Field(0.0, ge=0, allow_inf_nan=False, description="γ of the best answer's NLL")
+    kl: KlConfig | None = Field(None, description="stay near a reference, over the tokens of the answers")
+
+
+class CoprConfig(AnswersConfig):
+    """COPR: the policy is fitted to the optimum of its own update; older optima are constraints."""
+
+    beta: float = Field(0.1, gt=0, description="β of P* = π_{t−1} · exp(Adv/β): small = bold")
+    gamma: float = Field(1.0, ge=0, allow_inf_nan=False, description="γ of the best answer's NLL")
+    fit: Literal["mse", "kl"] = Field("mse", description="distance of log P_θ and log P*; kl is an ablation")
+    reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of an answer: over its tokens")
+    buffers: list[str] = Field(default_factory=list, description="folders `buffer` of older stages, in their order")
+    constraint: Literal["dual", "fixed", "replay", "none"] = Field(
+        "dual", description="what buffers are for: fixed: λ stays; replay: fitted as the current task; none: nothing"
+    )
+    initial: float = Field(1.0, gt=0, allow_inf_nan=False, description="λ_i at the start")
+    rate: float = Field(0.1, ge=0, allow_inf_nan=False, description="learning rate of the dual ascent")
+    clamp: tuple[float, float] = Field((-5.0, 5.0), description="least and most ln λ")
+    keep: float = Field(0.05, ge=0, le=1, description="share of the task's prompts that its buffer keeps, at least one")
+
+
 OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "average_tokens_across_devices",
        "label_names", "resume_from_checkpoint", "ignore_data_skip", "dataloader_drop_last",
        "group_by_length")  # fmt: skip

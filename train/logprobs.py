@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -218,7 +218,7 @@ def _with_head(model: nn.Module, batch: Mapping[str, Tensor], work: Callable[[To
     causal = _causal(model)
     head = causal.get_output_embeddings()
     plain_forward, plain_head = causal.forward, head.forward
-    found: list[Tensor] = []
+    exact, found = list[Tensor](), list[Tensor]()  # what work returned, and what is left of it behind the head's hooks
 
     def forward(*args: Any, **kwargs: Any) -> CausalLMOutput:
         said: dict[nn.Module, Any] = {}  # by each part of the model
@@ -229,23 +229,27 @@ def _with_head(model: nn.Module, batch: Mapping[str, Tensor], work: Callable[[To
             with _calls(answers | {head: _constant(plain_head(rows[None]))}):
                 return plain_forward(*args, **kwargs).logits[0]
 
+        def instead(hidden: Tensor) -> Tensor:
+            exact.append(work(to_logits, hidden))
+            return exact[-1]
+
         def call(hidden: Tensor) -> Tensor:
             answers.update({part: _constant(output) for part, output in said.items()})
             found.append(head._call_impl(hidden))  # with its hooks: FSDP2 may gather the head's weights in them
             return hidden.new_zeros(1, 1, 1)  # for the rest of the forward, whose result nobody reads
 
         ours = _recorders(causal, head, said) | {head: call}
-        with _attribute(head, "forward", partial(work, to_logits)), _calls(ours):
+        with _attribute(head, "forward", instead), _calls(ours):
             plain_forward(*args, **kwargs)
         return CausalLMOutput(logits=found[-1])
 
     with _attribute(causal, "forward", forward):
         out = model(**_inputs(causal, batch)).logits
-    exact = found[-1]
-    if out.dtype == exact.dtype:
+    value = exact[-1]
+    if out.dtype == value.dtype:
         return out
     # A wrapper has rounded it (accelerate's FSDP2 casts outputs): the value from here, the gradient through there.
-    return exact.detach() + (out - out.detach()).to(exact.dtype)
+    return value.detach() + (out - out.detach()).to(value.dtype)
 
 
 def _causal(model: nn.Module) -> PreTrainedModel:

@@ -268,4 +268,5 @@ def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: 
     if trainer.args.should_save:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
+    trainer.accelerator.wait_for_everyone()  # no process leaves before the model is there
     return final

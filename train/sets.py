@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curate.errors import InputError
 from curate.manifest import Manifest
 from curate.models.base import Prompt
 from curate.models.chat import answer_ids
@@ -61,13 +60,20 @@ class Sets:
 
     @classmethod
     def of(
-        cls, manifests: Sequence[Manifest], tokenizer: Any, *, kind: Kind, ends: Collection[int],
-        policy: str | None = None, max_length: int | None = None, origins: Collection[str] = ("current", "replay", "augmented"),
-    ) -> Sets:  # fmt: skip
-        """The sets of manifests.
+        cls,
+        manifest: Manifest,
+        tokenizer: Any,
+        *,
+        kind: Kind,
+        ends: Collection[int],
+        policy: str | None = None,
+        max_length: int | None = None,
+        origins: Collection[str] = ("current", "replay", "augmented"),
+    ) -> Sets:
+        """The sets of a manifest, none where it has none.
 
         Args:
-            manifests: their samples are the prompts.
+            manifest: its samples are the prompts.
             tokenizer: of the model that is trained; stored tokens must be its.
             kind: ranked: the answers with a rank, of people where a prompt has such, else of annotators, else of the
                 policy; a prompt needs two that differ. compared: the answers with a similarity; a prompt may have none.
@@ -77,41 +83,46 @@ class Sets:
             origins: of the samples that are taken.
 
         Raises:
-            InputError: stored tokens or log-probabilities of something else, or no usable set at all.
+            InputError: stored tokens or log-probabilities of something else.
         """
-        parts, why, source, bounds = [], [], [], [0]
-        kept: list[dict[str, Any]] = []
-        for number, manifest in enumerate(manifests):
-            check_fingerprints(manifest, tokenizer, policy)
-            every = Examples.of(manifest, tokenizer, ends=ends)
-            wanted = [name in origins for name in every.origin_names]
-            mine, texts = _answers(manifest, kind), _prompts(manifest)
-            taken = []
-            for row in np.flatnonzero(np.array(wanted, bool)[every.origin]).tolist():
-                uid = every.uid[row]
-                room = None if max_length is None else max_length - int(every.first_target[row])
-                good, bad = _usable(mine.get(uid, []), texts[uid], tokenizer, ends, room)
-                if kind == "ranked" and len(good) < 2:
-                    if mine.get(uid):
-                        bad.append({"uid": None, "reason": f"{len(good)} usable answer: nothing to compare"})
-                    good = []
-                why += [{**b, "prompt_uid": uid, "task": every.task_names[every.task[row]]} for b in bad]
-                if good or kind == "compared":
-                    taken.append(row)
-                    kept += good
-                    source.append(number)
-                    bounds.append(len(kept))
-            parts.append(every.take(taken))
-        if not kept:
-            raise _nothing(manifests, kind)
+        check_fingerprints(manifest, tokenizer, policy)
+        every = Examples.of(manifest, tokenizer, ends=ends)
+        wanted = np.array([name in origins for name in every.origin_names], bool)[every.origin]
+        mine, prompts = _answers(manifest, kind), _prompts(manifest)
+        taken, kept, bounds, why = list[int](), list[dict[str, Any]](), [0], list[dict[str, Any]]()
+        for row in np.flatnonzero(wanted).tolist():
+            uid = every.uid[row]
+            room = None if max_length is None else max_length - int(every.first_target[row])
+            good, bad = _usable(mine.get(uid, []), prompts[uid], tokenizer, ends, room)
+            if kind == "ranked" and len(good) < 2:
+                if mine.get(uid):
+                    bad.append({"uid": None, "reason": f"{len(good)} usable answers: nothing to compare"})
+                good = []
+            why += [{**b, "prompt_uid": uid, "task": every.task_names[every.task[row]]} for b in bad]
+            if good or kind == "compared":
+                taken.append(row)
+                kept += good
+                bounds.append(len(kept))
+        similarity = [np.nan if k["similarity"] is None else k["similarity"] for k in kept]
         return cls(
-            rows=Examples.concat(parts), source=np.array(source, np.int32), bounds=np.array(bounds, np.int64),
+            rows=every.take(taken), source=np.zeros(len(taken), np.int32), bounds=np.array(bounds, np.int64),
             tokens=[np.array(k["ids"], np.int32) for k in kept],
-            rank=np.array([k["rank"] or 0 for k in kept], np.int32),
-            similarity=np.array([np.nan if k["similarity"] is None else k["similarity"] for k in kept], np.float64),
+            rank=np.array([k["rank"] or 0 for k in kept], np.int32), similarity=np.array(similarity, np.float64),
             logps=np.array([k["logp"] for k in kept], np.float64),
-            uid=pl.Series([k["uid"] for k in kept], dtype=pl.String),
-            left_out=pl.DataFrame(why, schema=_WHY),
+            uid=pl.Series("uid", [k["uid"] for k in kept], dtype=pl.String), left_out=pl.DataFrame(why, schema=_WHY),
+        )  # fmt: skip
+
+    @classmethod
+    def concat(cls, parts: Sequence[Sets]) -> Sets:
+        """The prompts of several, one behind the other; `source` tells which they are of."""
+        shifts = np.cumsum([0, *(len(p.tokens) for p in parts)])
+        return cls(
+            rows=Examples.concat([p.rows for p in parts]),
+            source=np.repeat(np.arange(len(parts), dtype=np.int32), [len(p) for p in parts]),
+            bounds=np.concatenate([[0], *(p.bounds[1:] + s for p, s in zip(parts, shifts[:-1], strict=True))]),
+            tokens=[t for p in parts for t in p.tokens], rank=np.concatenate([p.rank for p in parts]),
+            similarity=np.concatenate([p.similarity for p in parts]), logps=np.concatenate([p.logps for p in parts]),
+            uid=pl.concat([p.uid for p in parts]), left_out=pl.concat([p.left_out for p in parts]),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -135,6 +146,7 @@ class SetCollator:
 
     Beside the tensors of `batch_of`: prompt [a] int64, which of the batch's prompts an answer is of; rank [a] int64,
     similarity and ref_logps [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no rank);
+    answer [a] int64, its number in the sets, -1 = gold;
     weight [n] float32, row and source [n] int64 of the prompts.
 
     Attributes:
@@ -155,7 +167,11 @@ class SetCollator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """The batch of items (one row each: `Items` without packing)."""
-        sets, rows = self.sets, [int(item.rows[0]) for item in items]
+        return self.batch([int(item.rows[0]) for item in items])
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of prompts."""
+        sets = self.sets
         prompts, answers, numbers = [], [], []
         for row in rows:
             whole, first = sets.rows.row_tokens(row), int(sets.rows.first_target[row])
@@ -170,12 +186,13 @@ class SetCollator:
         gold = number < 0
         batch["prompt"] = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(n) for n in numbers]))
         batch["gold"] = torch.from_numpy(gold)
+        batch["answer"] = torch.from_numpy(number)
         batch["rank"] = torch.from_numpy(np.where(gold, 0, sets.rank[number]).astype(np.int64))
         batch["similarity"] = torch.from_numpy(np.where(gold, np.nan, sets.similarity[number]))
         batch["ref_logps"] = torch.from_numpy(np.where(gold, np.nan, sets.logps[number]))
-        batch["weight"] = torch.from_numpy(sets.rows.weights[rows])
-        batch["row"] = torch.tensor(rows)
-        batch["source"] = torch.from_numpy(sets.source[rows].astype(np.int64))
+        batch["weight"] = torch.from_numpy(sets.rows.weights[list(rows)])
+        batch["row"] = torch.tensor(list(rows))
+        batch["source"] = torch.from_numpy(sets.source[list(rows)].astype(np.int64))
         return batch
 
 
@@ -229,13 +246,3 @@ def _logp(answer: dict[str, Any]) -> float:
     logps = answer["token_logps"]
     bent = answer["temperature"] not in (None, 0.0, 1.0) or answer["top_p"] not in (None, 1.0)
     return float("nan") if logps is None or bent else float(np.sum(np.array(logps, np.float64)))
-
-
-def _nothing(manifests: Sequence[Manifest], kind: Kind) -> InputError:
-    folders = ", ".join(str(m.folder) for m in manifests)
-    if kind == "ranked":
-        return InputError(f"{folders}: no prompt has two ranked answers that differ",
-                          remedy="build with a source of format `ranked` or `preference`, or with `rollouts` and a "
-                          "reward")  # fmt: skip
-    return InputError(f"{folders}: no answer has a similarity to its target",
-                      remedy="build with `rollouts` and `candidates: {similarity: true}`")  # fmt: skip

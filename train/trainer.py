@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class RehearseTrainer(Trainer):
         self.whole: Whole | None = None  # the parameters, where the model is sharded
         if self.args.torch_compile:
             compile_layers(more["model"], self.args.torch_compile_backend, self.args.torch_compile_mode)
-        self.add_callback(_AfterStep(method))
+        self.add_callback(_AfterStep(method, self._total))
         self.remove_callback(PrinterCallback)  # prints every dictionary of values
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -82,8 +82,14 @@ class RehearseTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """The method's size of the whole step: added up over all passes and all processes, [g]."""
-        total = torch.stack([self.method.size(batch) for batch in batch_samples]).sum(0).to(device)
-        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+        return self._total(torch.stack([self.method.size(batch) for batch in batch_samples]).sum(0).to(device))
+
+    def _total(self, value: Tensor) -> Tensor:
+        """Added up over all processes."""
+        if self.args.world_size <= 1:
+            return value
+        found: Tensor = self.accelerator.reduce(value.to(self.args.device), "sum")
+        return found
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -154,7 +160,7 @@ class RehearseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
         if self.sums and "loss" in logs:
-            names = sorted(n for n in self.sums if "/" not in n and n != "loss")
+            names = sorted(n for n in self.sums if n != "loss" and not n.startswith("loss_"))
             logs |= self._means(self.sums, [*names, *_groups(self.examples)])
             seconds = max(time.monotonic() - self.clock, 1e-9)
             logs["tokens_per_second"] = self.tokens * self.args.world_size / seconds
@@ -168,7 +174,7 @@ class RehearseTrainer(Trainer):
         """Means over all processes, which must ask for the same names, as they gather together."""
         found = {}
         for name in names if self.args.world_size > 1 else [n for n in names if n in sums]:
-            parts = [each.to(self.args.device) for each in sums.get(name, [torch.zeros(2)])]
+            parts = [each.to(self.args.device, torch.float32) for each in sums.get(name, [torch.zeros(2)])]
             total = torch.stack(parts).sum(0)
             if self.args.world_size > 1:
                 total = self.accelerator.gather(total[None]).sum(0)
@@ -298,9 +304,9 @@ def _by_group(losses: Tensor, batch: Any, examples: Examples, sums: Sums) -> Non
 class _AfterStep(TrainerCallback):
     """Tells the method that the optimizer has stepped."""
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, total: Callable[[Tensor], Tensor]) -> None:
+        self.method, self.total = method, total
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The place of a dual ascent."""
-        self.method.after_step()
+        self.method.after_step(self.total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,11 @@ class Method(Protocol):
     def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
         """(what depends on the parameters alone, what to log); counted once a step. None where there is nothing."""
 
-    def after_step(self) -> None:
-        """Called when the optimizer has stepped: the place of a dual ascent or an adaptive coefficient."""
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Called when the optimizer has stepped: the place of a dual ascent or an adaptive coefficient.
+
+        `total` adds a tensor up over all processes, which must ask for the same ones.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's own state, for a checkpoint."""

@@ -8,7 +8,7 @@ Each term beside the first is left out where its weight is 0, so that such a run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ class Cft:
             total = self.orthogonal * part if total is None else total + self.orthogonal * part
         return total, logged
 
-    def after_step(self) -> None:
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """Nothing moves with the steps."""
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,87 @@
+"""DPO and IPO, with what holds old tasks: KL to the old policy, and replay of old preferences by the mixture.
+
+    L = mean_x dpo(x) [+ λ · mean_t KL(π_θ ‖ π_ref) over the tokens of the answers] [+ γ · NLL of the best answer]
+
+The peers of COPR, on the same sets. Δ is against stored log-probabilities; a model is held for the KL alone. The losses
+and their departures from the papers: `train/losses/dpo.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from train.logprobs import Measure
+from train.losses.cft import kl_penalty, weighted_nll
+from train.losses.dpo import dpo_loss, ipo_loss
+from train.methods.answers import Grid, Reduction, answer_values, by_answer, lengths, of_answers, ordered
+from train.methods.base import Batch, Logged
+
+
+@dataclass
+class Dpo:
+    """Attributes: as in `train.losses.dpo` and `train.config.DpoConfig`."""
+
+    loss_type: Literal["dpo", "ipo"] = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    reduction: Reduction = "sum"
+    gamma: float = 0.0
+    kl: float = 0.0
+    reference: Any = None
+    name: str = "dpo"
+
+    def size(self, batch: Batch) -> Tensor:
+        """[Σ w of the prompts, Σ w over the tokens of their answers, Σ w over those of the best ones]."""
+        of_answer = batch["weight"][batch["prompt"]]
+        best = by_answer(batch, of_answer * (batch["rank"] == 1)).sum()
+        return torch.stack([batch["weight"].sum(), by_answer(batch, of_answer).sum(), best])
+
+    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
+        """The pairs' loss, and the other terms where they are on."""
+        measures: tuple[Measure, ...] = ("logps", "kl") if self.kl else ("logps",)
+        found, logps = answer_values(model, batch, measures, self.reference)
+        ref, own, weight = batch["ref_logps"].to(logps.dtype), self.size(batch), batch["weight"]
+        if self.reduction == "mean":
+            logps, ref = logps / lengths(batch), ref / lengths(batch)
+        grid = Grid.of(batch, ~batch["gold"])
+        now, before, ranks = grid(logps), grid(ref), grid(batch["rank"])
+        if self.loss_type == "dpo":
+            each = dpo_loss(now, before, ranks, self.beta, grid.mask, self.label_smoothing)
+        else:
+            each = ipo_loss(now, before, ranks, self.beta, grid.mask)
+        loss = (weight * each).sum() / normaliser[0].clamp_min(1e-12)
+        logged = {
+            "rows": torch.stack([each.detach(), torch.ones_like(each)]),
+            "preference": torch.stack([loss.detach() * normaliser[0], own[0].to(loss.dtype)]),
+            "accuracy": ordered(now.detach(), ranks, grid.mask),
+            "accuracy_of_change": ordered((now - before).detach(), ranks, grid.mask),
+        }
+        of_token = by_answer(batch, weight[batch["prompt"]])
+        if self.gamma:
+            best = weighted_nll(found["logps"], of_answers(batch, batch["rank"] == 1), of_token, normaliser[2])
+            loss = loss + self.gamma * best
+            logged["nll"] = torch.stack([best.detach() * normaliser[2], own[2].to(best.dtype)])
+        if self.kl:
+            kl = kl_penalty(found["kl"], batch["loss_mask"], of_token, normaliser[1])
+            loss = loss + self.kl * kl
+            logged["kl"] = torch.stack([kl.detach() * normaliser[1], own[1].to(kl.dtype)])
+        return loss, logged
+
+    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
+        """None."""
+        return None, {}
+
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Nothing moves with the steps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take up."""
