@@ -4,12 +4,12 @@ Sequence-level tensors are [b, j]: j candidates of b prompts, with a bool mask w
 one. J is the number of candidates that a prompt has. What is masked is never looked at, and gets no gradient. Sums and
 softmaxes are computed in the widest type of the arguments, float32 at least.
 
-Departures from the paper:
-- Ties: candidates of one rank share the mean of their positions; the paper ranks strictly.
+Departures from the paper, or from its official code:
+- Ties: candidates of one rank share the mean of their positions; the formula has no place for them.
 - J may differ by prompt.
 - ln λ is clamped: λ grows as fast as its own square, and would otherwise be infinite after finitely many steps.
-- P_θ and P* are normalised over the candidates of their own prompt, and P* stays as it was stored. So the paper; its
-  official code normalises over the micro-batch and lets the target move.
+- P_θ and P* are normalised over the candidates of their own prompt, and P* stays as it was stored, as in the paper; the
+  code normalises over the micro-batch and lets the target move.
 - The fit by KL is an ablation, not the paper's.
 """
 
