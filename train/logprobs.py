@@ -243,13 +243,24 @@ def _with_head(model: nn.Module, batch: Mapping[str, Tensor], work: Callable[[To
             plain_forward(*args, **kwargs)
         return CausalLMOutput(logits=found[-1])
 
-    with _attribute(causal, "forward", forward):
+    with _attribute(causal, "forward", forward), _autocast_as_before(batch["input_ids"].device.type):
         out = model(**_inputs(causal, batch)).logits
     value = exact[-1]
     if out.dtype == value.dtype:
         return out
     # A wrapper has rounded it (accelerate's FSDP2 casts outputs): the value from here, the gradient through there.
     return value.detach() + (out - out.detach()).to(value.dtype)
+
+
+@contextmanager
+def _autocast_as_before(kind: str) -> Iterator[None]:
+    """The forward that accelerate makes enters one autocast object; entered again inside itself it stays on."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
 
 
 def _causal(model: nn.Module) -> PreTrainedModel:

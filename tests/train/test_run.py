@@ -462,19 +462,3 @@ def test_ewc_without_information_is_plain_and_with_much_holds_the_weights(place,
     assert same(free, none)
     moved = [max(float((w[k] - before[k]).abs().max()) for k in before) for w in (held, free)]
     assert moved[0] < moved[1]
-
-
-# --- two processes ---
-
-
-def test_two_processes_give_what_one_gives(place, plain):
-    # 2 processes × 2 items are the 4 items of one process, and the loss is normalised over all of them
-    out = place / "ddp"
-    words = settings(place, out, "per_device_train_batch_size=2", "ddp_backend=gloo", "use_cpu=true")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "train.cli",
-               "cft", "--quiet", *words]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert close(plain, weights(out / "model"), 2e-4)
-    assert len(list(out.glob("log.jsonl"))) == 1
