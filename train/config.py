@@ -49,7 +49,9 @@ class RunConfig(Section):
     data: list[str] = Field(min_length=1, description="manifest folder, or several")
     eval_data: list[str] = Field(default_factory=list, description="manifests whose samples are only evaluated")
     out: str = Field(description="run folder: checkpoints, the final model, what was seen")
-    max_length: int | None = Field(None, gt=1, description="longest sample in tokens; by default the model's context")
+    max_length: int | None = Field(
+        None, gt=1, description="longest sample in tokens; by default, and at most, the model's context"
+    )
     too_long: Literal["error", "truncate", "drop"] = Field("error", description="what becomes of a longer sample")
     mixture: dict[str, float] | None = Field(
         None, description="exact shares by origin or task: {current: 0.8, replay: 0.2}; null = every row once an epoch"
@@ -110,6 +112,8 @@ class CftConfig(RunConfig):
 
     @model_validator(mode="after")
     def _adapter(self) -> CftConfig:
+        if self.ewc is not None and self.lora is not None:
+            raise ValueError("`ewc` with `lora`: EWC holds the weights, and an adapter leaves them alone; use `o_lora`")
         if self.o_lora is not None and self.lora is None:
             raise ValueError("`o_lora` needs `lora`: {r: 8}")
         if self.o_lora is not None and self.lora is not None and self.lora.get("use_dora"):
@@ -120,13 +124,22 @@ class CftConfig(RunConfig):
 class CptConfig(RunConfig):
     """Continued pre-training: the loss is on all tokens."""
 
+    packing: bool = Field(True, description="always: rows behind one another, cut into blocks of `pack_length`")
+
+    @field_validator("packing")
+    @classmethod
+    def _always(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("continued pre-training is always packed: leave it out")
+        return value
+
 
 class AnswersConfig(RunConfig):
     """What methods over several answers of a prompt share."""
 
     too_long: Literal["error", "drop"] = Field("error", description="what becomes of an answer that does not fit")
     reference: Literal["manifest", "measure"] = Field(
-        "manifest", description="log π_ref: as the manifest has it (of the policy `model`), or as the model measures it "
+        "manifest", description="log π_ref: as the manifest has it (of the policy `model`), or measured by the model "
         "before training"
     )  # fmt: skip
     layout: Literal["auto", "shared", "separate"] = Field(
@@ -185,6 +198,14 @@ OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "averag
        "group_by_length")  # fmt: skip
 """Keys of TrainingArguments that this trainer sets itself."""
 
+UNUSED = {
+    "label_smoothing_factor": "the loss is the method's",
+    "data_seed": "`seed` decides the order",
+    "auto_find_batch_size": "the rows of every step are planned before the first one",
+    "n_gpu": "start one process a GPU: torchrun or accelerate launch",
+}
+"""Keys that would change nothing, or break the plan of the run; why."""
+
 
 def load(
     model: type[RunConfig], path: str | Path | None, overrides: Sequence[str] = ()
@@ -206,18 +227,21 @@ def load(
 def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     from transformers import TrainingArguments
 
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(OWN)
+    fields = {f.name: str(f.type) for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in OWN}
     if wrong := next((key for key in data if key in OWN), None):
         raise InputError(f"{wrong}: this trainer sets it itself", remedy="leave it out; see `train cft --help`")
-    theirs = {key: _meant(key, value) for key, value in data.items() if key in known and key not in model.model_fields}
+    if wrong := next((key for key in data if key in UNUSED and key not in model.model_fields), None):
+        raise InputError(f"{wrong}: not for this trainer: {UNUSED[wrong]}", remedy="leave it out")
+    theirs = {key: _meant(key, value, fields[key]) for key, value in data.items()
+              if key in fields and key not in model.model_fields}  # fmt: skip
     return {key: value for key, value in data.items() if key not in theirs}, theirs
 
 
-def _meant(key: str, value: Any) -> Any:
+def _meant(key: str, value: Any, kind: str) -> Any:
     """YAML reads 1e-5 as a text and `no` as false; TrainingArguments wants a number, and `save_strategy: no`."""
     if value is False and key.endswith("_strategy"):
         return "no"
-    if isinstance(value, str):
+    if isinstance(value, str) and "float" in kind:
         try:
             return float(value)
         except ValueError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -127,20 +128,30 @@ def summary(items: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
     """Every metric that these checkpoints allow, with a 95% bootstrap interval over items."""
     tasks, r = matrix(items)
     scores = {t: _per_item(items, t, "score") for t in tasks}  # task -> [checkpoints, items]
-    rng = np.random.default_rng(config.seed)
-    resampled = [np.stack([s[:, rng.integers(0, s.shape[1], s.shape[1])].mean(1) for s in scores.values()], 1)
-                 for _ in range(DRAWS)]  # fmt: skip
-    found: dict[str, Any] = {"tasks": tasks, "models": config.models, "metric": config.metric}
-    drawn = [_metrics(tasks, each, config) for each in resampled]
-    for name, value in _metrics(tasks, r, config).items():
-        found[name] = {"value": value, "interval": _interval([each[name] for each in drawn])}
     correct = {t: _per_item(items, t, "correct").astype(bool) for t in tasks}
-    before, after = (np.concatenate([correct[t][i] for t in tasks]) for i in (0, -1))
-    found["ACC"] = {"value": float(after.mean())}
-    for name, of2 in (("KGR", metrics.knowledge_gain_ratio), ("KRR", metrics.knowledge_retention_ratio)):
-        value = of2(before, after)
-        found[name] = {"value": None if np.isnan(value) else value}
+    rng = np.random.default_rng(config.seed)
+    drawn = []
+    for _ in range(DRAWS):  # the same items for every checkpoint
+        at = {t: rng.integers(0, s.shape[1], s.shape[1]) for t, s in scores.items()}
+        again = np.stack([scores[t][:, at[t]].mean(1) for t in tasks], 1)
+        drawn.append(_metrics(tasks, again, config) | _answers_kept([correct[t][:, at[t]] for t in tasks]))
+    found: dict[str, Any] = {"tasks": tasks, "models": config.models, "metric": config.metric}
+    for name, value in (_metrics(tasks, r, config) | _answers_kept([correct[t] for t in tasks])).items():
+        interval = _interval([each[name] for each in drawn])
+        if name == "forgetting" and interval is not None:  # a maximum: resampling adds its bias once more
+            interval = [2 * value - interval[1], 2 * value - interval[0]]
+        found[name] = {"value": None if _missing(value) else value, "interval": interval}
     return found
+
+
+def _answers_kept(correct: list[NDArray[np.bool_]]) -> dict[str, float]:
+    """ACC, KGR and KRR over the items of all tasks, of the last checkpoint against the first.   [checkpoints, items]"""
+    before, after = (np.concatenate([each[i] for each in correct]) for i in (0, -1))
+    return {
+        "ACC": float(after.mean()),
+        "KGR": metrics.knowledge_gain_ratio(before, after),
+        "KRR": metrics.knowledge_retention_ratio(before, after),
+    }
 
 
 def _per_item(items: pl.DataFrame, task: str, column: str) -> NDArray[Any]:
@@ -159,5 +170,13 @@ def _metrics(tasks: list[str], r: Floats, config: EvalConfig) -> dict[str, Any]:
 
 
 def _interval(values: list[Any]) -> Any:
-    low, high = np.quantile(np.asarray(values, np.float64), [0.025, 0.975], axis=0)
+    """The middle 95% of what was drawn; None where there is nothing. (A ratio of nothing is left out.)"""
+    kept = [value for value in values if not _missing(value)]
+    if not kept:
+        return None
+    low, high = np.quantile(np.asarray(kept, np.float64), [0.025, 0.975], axis=0)
     return [low.tolist(), high.tolist()]
+
+
+def _missing(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -90,8 +90,8 @@ def token_values(
             keys are ignored.
         of: which measures: "logps", "entropy", "kl".
         reference: π_ref of "kl": another model, or a callable that returns a context in which `model` itself is the
-            reference, such as `AdapterOff(model)`. Its dropout is the caller's to switch off. If it is sharded by
-            FSDP2, its root must not be resharded after forward (torch's default).
+            reference, such as `AdapterOff(model)`. Dropout is off in `AdapterOff`, else the caller's to switch off. If
+            it is sharded by FSDP2, its root must not be resharded after forward (torch's default).
         temperature: logits are divided by it, those of the reference too.
         chunk: tokens whose logits are held at once.
 
@@ -154,6 +154,8 @@ def sequence_logps(
 class AdapterOff:
     """A reference for `token_kl`: the same PEFT model as if the named adapters (default: all) were not there.
 
+    It is in eval mode there: a reference has no dropout, of older adapters or of the base.
+
     For O-LoRA, name the new adapter only: then the reference is the base with the adapters of the older tasks.
     Preferred to PEFT's `disable_adapter`, which makes frozen adapters trainable when it ends, and takes 0.1 s a call on
     224 layers (measured, 0.21).
@@ -164,7 +166,8 @@ class AdapterOff:
 
     def __init__(self, model: nn.Module, *adapters: str) -> None:
         self._adapters = adapters
-        self._layers: list[Any] = [m for m in model.modules() if hasattr(m, "_active_adapter")]
+        self._modules = list(model.modules())
+        self._layers: list[Any] = [m for m in self._modules if hasattr(m, "_active_adapter")]
         active = {name for layer in self._layers for name in layer.active_adapters}
         if not active or not active.issuperset(adapters):
             raise ValueError(
@@ -175,7 +178,8 @@ class AdapterOff:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, the adapters are off."""
+        """Inside, the adapters and all dropout are off."""
+        training = [m for m in self._modules if m.training]  # not by eval() and train(): thousands of modules, often
         off = {
             layer: [a for a in layer.active_adapters if self._adapters and a not in self._adapters]
             for layer in self._layers
@@ -183,7 +187,13 @@ class AdapterOff:
         with ExitStack() as stack:
             for layer, rest in off.items():
                 stack.enter_context(_attribute(layer, "_active_adapter", rest))
-            yield
+            for module in training:
+                module.__dict__["training"] = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.__dict__["training"] = True
 
 
 @torch.no_grad()

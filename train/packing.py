@@ -183,9 +183,14 @@ class Collator:
             batch["input_ids"][i, :n], batch["loss_mask"][i, :n] = item.tokens, item.loss
             batch["segment"][i, :n] = segment[end - n : end]
             batch["position_ids"][i, :n] = item.positions
-            # positions go on over the padding: a fall back to 0 is how a pack is recognised
-            batch["position_ids"][i, n:] = np.arange(1, shape[1] - n + 1) + item.positions[-1]
-        if all(len(item.rows) == 1 for item in items):
+        longest = max(int(item.lengths.max()) for item in items)
+        singles = all(len(item.rows) == 1 for item in items)
+        for i, item in enumerate(items):
+            # Padding has positions that a sample has, no more: models have no others, or change all for longer ones.
+            # Behind a sample alone they go on, as a fall back to 0 is how a pack is recognised.
+            n, after = len(item.tokens), item.positions[-1] + 1 if singles else 0
+            batch["position_ids"][i, n:] = after + np.arange(shape[1] - n) % (shape[1] if singles else longest)
+        if singles:
             batch["attention_mask"] = (batch["segment"] >= 0).astype(np.int64)
         return batch
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,25 @@ from transformers import set_seed
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
+from curate.models.weights import merged, weights_hash
 from train import lineage, parallel
 from train.config import CftConfig, CptConfig, RunConfig
 from train.data import Examples
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
 from train.mixing import Mixture
-from train.models import end_tokens, open_model, open_tokenizer, read_fisher, with_adapter
+from train.models import (
+    context_of,
+    end_tokens,
+    join_adapters,
+    open_model,
+    open_tokenizer,
+    read_fisher,
+    with_adapter,
+)
 from train.packing import Collator, Items, Packing
 from train.screen import Progress
-from train.trainer import RehearseTrainer, checkpoints, whole
+from train.trainer import MARK, RehearseTrainer, check_identity, checkpoints, whole
 
 CONFIGS: dict[str, type[RunConfig]] = {"cft": CftConfig, "cpt": CptConfig}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
@@ -68,12 +78,15 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     """
     out = Path(config.out)
     arguments = _arguments(config, theirs)
-    tokenizer = open_tokenizer(config)
-    examples, items = _items(name, config, config.data, tokenizer, arguments)
-    evaluated = _evaluated(name, config, tokenizer, arguments)
+    tokenizer, context = open_tokenizer(config), context_of(config)
+    examples, items, epochs = _items(name, config, tokenizer, context, arguments)
+    evaluated = _evaluated(name, config, tokenizer, context, arguments)
+    facts = _facts(name, config, theirs, arguments)
+    decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
+    identity = {"method": name, "settings": content_hash([decides, facts["data"], facts["inputs"]])}
+    last = _refuse_other(out, identity, config.resume)
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
-    _check_context(model, examples, config)
     flash = items.packing is not None and "flash" in str(getattr(model.config, "_attn_implementation", ""))
     if items.packing is not None and not keeps_samples_apart(model.eval(), rows=1 if flash else 2):
         raise InputError(
@@ -81,20 +94,16 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
             remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
         )
     model, method = _method(name, config, model, arguments.device)
-    facts = _facts(name, config, theirs, arguments)
-    decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
-    identity = {"method": name, "settings": content_hash([decides, facts["data"]])}
     if arguments.process_index == 0:
-        _claim(out, facts, config.resume)
+        _claim(out, facts | {"identity": identity}, config.resume)
         examples.write_too_long(out)
         lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
                       arguments.world_size)  # fmt: skip
     trainer = RehearseTrainer(
         method=method, identity=identity, model=model, args=arguments, train_dataset=items,
-        eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, quiet)],
+        eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, epochs, quiet)],
         data_collator=Collator(tokenizer.pad_token_id or 0, one_row=flash),
     )  # fmt: skip
-    last = checkpoints(out)[-1] if config.resume and checkpoints(out) else None
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -104,53 +113,62 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
 # --- data ---
 
 
-def _items(name: str, config: RunConfig, folders: list[str], tokenizer: Any, arguments: Any) -> tuple[Examples, Items]:
-    examples = _examples(name, config, folders, tokenizer)
+def _items(
+    name: str, config: RunConfig, tokenizer: Any, context: int | None, arguments: Any
+) -> tuple[Examples, Items, float]:
+    """(rows, the items of the whole run, how many epochs they are)."""
+    examples = _examples(name, config, config.data, tokenizer, context)
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = arguments.max_steps if arguments.max_steps > 0 else None
-    mixture = Mixture(examples, config.mixture, arguments.seed)
-    items = Items(examples, mixture, packing=_packing(name, config, examples), epochs=arguments.num_train_epochs,
+    mixture, packing = Mixture(examples, config.mixture, arguments.seed), _packing(name, config, examples, context)
+    items = Items(examples, mixture, packing=packing, epochs=arguments.num_train_epochs,
                   max_steps=steps, items_per_step=per_step)  # fmt: skip
-    arguments.num_train_epochs = 1  # the items hold the whole run
-    arguments.max_steps = len(items) // per_step
-    return examples, items
+    total = len(items) // per_step
+    epochs = arguments.num_train_epochs
+    if steps is not None:
+        epochs = len(items) / len(Items(examples, mixture, packing=packing))
+    for what in ("eval", "save", "logging"):  # the library would take the whole run for one epoch
+        if getattr(arguments, f"{what}_strategy") == "epoch":
+            setattr(arguments, f"{what}_strategy", type(arguments.logging_strategy)("steps"))
+            setattr(arguments, f"{what}_steps", max(1, round(total / epochs)))
+    arguments.num_train_epochs, arguments.max_steps = 1, total  # the items hold the whole run
+    return examples, items, epochs
 
 
-def _examples(name: str, config: RunConfig, folders: list[str], tokenizer: Any) -> Examples:
+def _examples(name: str, config: RunConfig, folders: list[str], tokenizer: Any, context: int | None) -> Examples:
+    """Rows of no more tokens than the model has positions for; those of blocks are cut anyway.
+
+    Raises:
+        InputError: a longer row, where `too_long` is error.
+    """
     paths = [config.path(folder) for folder in folders]
-    most = config.max_length if name != "cpt" else None
+    most = None if name == "cpt" else min((n for n in (config.max_length, context) if n is not None), default=None)
     return Examples.read(paths, tokenizer, max_length=most, too_long=config.too_long,
                          loss_on="all" if name == "cpt" else "answer", ends=end_tokens(config, tokenizer))  # fmt: skip
 
 
-def _packing(name: str, config: RunConfig, examples: Examples) -> Packing | None:
-    if name != "cpt" and not config.packing:
+def _packing(name: str, config: RunConfig, examples: Examples, context: int | None) -> Packing | None:
+    """How rows share items. Blocks fit the context; packs need not, as positions begin anew in each row."""
+    if not config.packing:
         return None
     length = config.pack_length or config.max_length or int(examples.lengths.max())
+    if name == "cpt" and context is not None:
+        if (config.pack_length or config.max_length or 0) > context:
+            raise InputError(f"pack_length {length}: the model has positions for {context} tokens",
+                             remedy=f"set pack_length={context} or less")  # fmt: skip
+        length = min(length, context)
     return Packing(length, split=name == "cpt")
 
 
-def _evaluated(name: str, config: RunConfig, tokenizer: Any, arguments: Any) -> Any:
+def _evaluated(name: str, config: RunConfig, tokenizer: Any, context: int | None, arguments: Any) -> Any:
     if not config.eval_data:
         if arguments.eval_strategy != "no":
             raise InputError("eval_strategy asks for evaluation, but there is no `eval_data`",
                              remedy="name a manifest: eval_data=runs/held-out")  # fmt: skip
         return None
-    examples = _examples(name, config, config.eval_data, tokenizer)
-    return Items(examples, Mixture(examples, None, arguments.seed), packing=_packing(name, config, examples))
-
-
-def _check_context(model: Any, examples: Examples, config: RunConfig) -> None:
-    """A sample that is longer than the model's context would train positions that the model does not have."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or (config.max_length is not None and config.max_length <= limit):
-        return
-    longest = int(examples.lengths.argmax())
-    if isinstance(config, CftConfig) and (n := int(examples.lengths[longest])) > limit:
-        raise InputError(
-            f"uid {examples.uid[longest]}: {n} tokens, the model's context is {limit}",
-            remedy=f"set max_length={limit} and too_long=truncate or drop",
-        )
+    examples = _examples(name, config, config.eval_data, tokenizer, context)
+    packing = _packing(name, config, examples, context)
+    return Items(examples, Mixture(examples, None, arguments.seed), packing=packing)
 
 
 # --- model and method ---
@@ -160,7 +178,8 @@ def _method(name: str, config: RunConfig, model: Any, device: torch.device) -> t
     reference: Any = None
     if isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
         if config.kl.reference is not None or config.lora is None:
-            reference = open_model(config, config.kl.reference, "kl.reference")
+            named = config.kl.reference  # else the model before training, random weights or not
+            reference = deepcopy(model) if named is None else open_model(config, named, "kl.reference")
             reference = reference.to(device).eval().requires_grad_(False)  # whole in each process
     old: dict[str, list[Tensor]] = {}
     if config.lora is not None:
@@ -170,7 +189,7 @@ def _method(name: str, config: RunConfig, model: Any, device: torch.device) -> t
     if not isinstance(config, CftConfig):
         return model, Cpt()
     kl, ewc, o_lora = config.kl, config.ewc, config.o_lora
-    fishers = [read_fisher(config.path(folder)) for folder in ewc.fisher] if ewc is not None and ewc.weight else []
+    fishers = [read_fisher(config.path(folder), model) for folder in ewc.fisher] if ewc and ewc.weight else []
     return model, Cft(
         kl=kl.weight if kl else 0.0, reference=reference, ewc=ewc.weight if ewc else 0.0, fishers=fishers,
         orthogonal=o_lora.weight if o_lora else 0.0, old_adapters=old,
@@ -193,6 +212,13 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
         )  # fmt: skip
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(f"training arguments: {str(error)[:500]}") from None
+    if arguments.n_gpu > 1:
+        raise InputError(f"one process sees {arguments.n_gpu} GPUs: rows would reach them in an unplanned order",
+                         remedy="start one process a GPU, as in `accelerate launch -m train.cli cft …`, or set "
+                         "CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+    if getattr(arguments.accelerator_config, "split_batches", False):
+        raise InputError("accelerator_config.split_batches: the batch size is that of a process here",
+                         remedy="leave it out")  # fmt: skip
     parallel.check(arguments)
     if config.merge and (parallel.sharded(arguments) or parallel.zero3(arguments)):
         raise InputError(
@@ -217,9 +243,18 @@ def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: A
         "training": {**theirs, "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
                      "max_steps": arguments.max_steps, **_processes(arguments)},
         "data": data,
+        "inputs": _inputs(config),
         "git": _git(),
         "packages": {package: version(package) for package in PACKAGES},
     }  # fmt: skip
+
+
+def _inputs(config: RunConfig) -> dict[str, str]:
+    """Hashes of the weights that a run begins with or is held by, by folder; a hub model is named in `settings`."""
+    kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
+    names = [config.model, kl and kl.reference, *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ())]
+    folders = {name: config.path(name) for name in names if name}
+    return {name: weights_hash(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
 def _processes(arguments: Any) -> dict[str, Any]:
@@ -239,10 +274,26 @@ def _git() -> dict[str, Any] | None:
     return {"commit": head.stdout.strip(), "changes": bool(dirty.stdout.strip())}
 
 
-def _claim(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
-    """The run folder is ours: it holds nothing, or a run."""
+def _refuse_other(out: Path, identity: Mapping[str, Any], resume: bool) -> Path | None:
+    """The checkpoint that the run goes on from, if any.
+
+    Raises:
+        InputError: the folder holds something else, or a run of another method, other data or other settings.
+    """
     if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
         raise InputError(f"out {out}: the folder holds other files than a run", remedy="choose a new folder")
+    if not resume or not out.is_dir():
+        return None
+    last = checkpoints(out)[-1] if checkpoints(out) else None
+    if last is not None:
+        check_identity(last, json.loads((last / MARK).read_bytes()), identity)
+    elif (out / MODEL).is_dir():
+        check_identity(out, json.loads((out / "run.json").read_bytes()).get("identity", {}), identity)
+    return last
+
+
+def _claim(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
+    """The run folder is ours now."""
     if not resume and out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -261,9 +312,10 @@ def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: 
         trainer.accelerator.unwrap_model(trainer.model).to(getattr(torch, config.save_dtype))
     with whole(staging, "the last checkpoint is whole, and the same command ends the run from there"):
         trainer.save_model(str(staging))
+        if trainer.args.should_save and (old := getattr(config, "o_lora", None)) is not None:
+            join_adapters(staging, trainer.accelerator.unwrap_model(trainer.model), [*map(config.path, old.previous)])
         if trainer.args.should_save and config.merge and config.lora is not None:
-            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            merged.save_pretrained(staging / "merged")
+            merged(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(staging / "merged")
             tokenizer.save_pretrained(staging / "merged")
     if trainer.args.should_save:
         shutil.rmtree(final, ignore_errors=True)

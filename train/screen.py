@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+LOG = "log.jsonl"
+
 
 class Progress(TrainerCallback):
     """Prints a live line on a terminal, plain lines elsewhere, and appends every log entry to `log.jsonl`."""
 
-    def __init__(self, out: Path, quiet: bool = False) -> None:
-        self.out, self.console = out, Console(stderr=True, quiet=quiet)
+    def __init__(self, out: Path, epochs: float, quiet: bool = False) -> None:
+        self.out, self.epochs, self.console = out, epochs, Console(stderr=True, quiet=quiet)
         self.bar: Bar | None = None
         self.line: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The live line."""
+        """The live line; and a log without what came after the checkpoint that a run goes on from."""
+        if state.is_world_process_zero:
+            self._trim(state.global_step)
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self.bar = Bar(TextColumn("[bold]train"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"),
@@ -47,8 +52,11 @@ class Progress(TrainerCallback):
         """Values into the line and the file."""
         if not state.is_world_process_zero or not logs:
             return
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}, sort_keys=True) + "\n")
+        line = {"step": state.global_step, **logs}
+        if "epoch" in line:
+            line["epoch"] *= self.epochs  # the library counts the whole run as one
+        with (self.out / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, sort_keys=True) + "\n")
         if "loss" not in logs:
             return
         words = [f"loss {logs['loss']:.4f}", f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"]
@@ -58,6 +66,17 @@ class Progress(TrainerCallback):
         else:
             self.console.print(f"step {state.global_step:,} of {state.max_steps:,} · " + " · ".join(words),
                                highlight=False)  # fmt: skip
+
+    def _trim(self, step: int) -> None:
+        file = self.out / LOG
+        if not file.is_file():
+            return
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        entries = [(json.loads(line), line) for line in lines]
+        kept = [line for entry, line in entries if entry["step"] <= step and "train_runtime" not in entry]
+        temporary = self.out / f".{LOG}"
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The line stays as it is."""

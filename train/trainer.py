@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from curate.errors import InputError
 from train.data import Examples
 from train.methods.base import Method
+from train.models import adapters_kept
 from train.parallel import Whole, compile_layers, shards_on_cpus
 
 MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
@@ -183,7 +184,7 @@ class RehearseTrainer(Trainer):
         return found
 
     def _mfu(self, rate: float) -> float | None:
-        """Share of the GPU's peak: 6 · parameters · tokens a second; None where the peak is not known."""
+        """Share of the GPU's peak that the weights' products take; None where the peak is not known."""
         if self.args.device.type != "cuda":
             return None
         peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -192,8 +193,7 @@ class RehearseTrainer(Trainer):
         if peak is None:
             return None
         assert self.model is not None
-        n = float(sum(p.numel() for p in self.model.parameters()))
-        return 6 * n * rate / (peak * self.args.world_size)
+        return _operations(self.model) * rate / (peak * self.args.world_size)
 
     # --- data ---
 
@@ -244,19 +244,13 @@ class RehearseTrainer(Trainer):
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def take_up(self, checkpoint: Path) -> None:
-        """The method's state of a checkpoint.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The library's, which would leave on one adapter of several."""
+        with adapters_kept(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-        Raises:
-            InputError: it belongs to another method, other data or other settings.
-        """
-        mark = json.loads((checkpoint / MARK).read_bytes())
-        for key, mine in self.identity.items():
-            if mark.get(key) != mine:
-                raise InputError(
-                    f"{checkpoint}: a checkpoint of another run: {key} is {mark.get(key)!r}, here {mine!r}",
-                    remedy="choose another folder with out=FOLDER, or start anew with resume=false",
-                )
+    def take_up(self, checkpoint: Path) -> None:
+        """The method's state of a checkpoint."""
         if (checkpoint / STATE).is_file():
             self.method.load_state_dict(load_file(checkpoint / STATE))
 
@@ -279,10 +273,34 @@ def whole(folder: Path, remedy: str) -> Iterator[None]:
                          remedy=f"make room; {remedy}") from None  # fmt: skip
 
 
+def check_identity(folder: Path, mark: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Whether what a folder holds is of this run.
+
+    Raises:
+        InputError: it belongs to another method, other data or other settings.
+    """
+    for key, value in mine.items():
+        if mark.get(key) != value:
+            raise InputError(
+                f"{folder}: of another run: {key} is {mark.get(key)!r}, here {value!r}",
+                remedy="choose another folder with out=FOLDER, or start anew with resume=false",
+            )
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
     found = [f for f in folder.glob("checkpoint-*") if (f / MARK).is_file() and f.name[11:].isdigit()]
     return sorted(found, key=lambda f: int(f.name[11:]))
+
+
+def _operations(model: Any) -> float:
+    """Of a token, forward and backward: 6 a trained weight, 4 a frozen one; a table that is looked up counts 0."""
+    inner = getattr(model, "base_model", model)
+    table = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        table = set()
+    counted = [p for p in inner.parameters() if id(p) not in table]
+    return float(sum((6 if p.requires_grad else 4) * p.numel() for p in counted))
 
 
 def _groups(examples: Examples) -> list[str]:

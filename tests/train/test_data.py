@@ -635,10 +635,20 @@ def test_a_batch_of_packs_by_hand():
     batch = Collator(pad=9)([first, second])
     assert "attention_mask" not in batch, "transformers sees packs by their positions alone"
     assert batch["input_ids"].tolist() == [[0, 1, 2, 1000, 1001], [2000, 2001, 2002, 2003, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]], "padding goes on, it opens no sample"
+    # padding is a sample of its own, of no more positions than the longest has: models may have no others
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch["loss_mask"].int().tolist() == [[0, 1, 1, 0, 1], [0, 1, 1, 1, 0]]
     assert batch["segment"].tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, -1]]
     assert batch["weight"].tolist() == [1.0, 0.5, 2.0] and batch["row"].tolist() == [0, 1, 2]
+
+
+def test_positions_of_padding_are_positions_of_a_sample():
+    examples = toy([3] * 9)
+    long, short = examples_as_item(examples, list(range(8))), examples_as_item(examples, [8])
+    batch = Collator()([long, short])
+    assert batch["input_ids"].shape == (2, 24)
+    assert batch["position_ids"][1].tolist() == [0, 1, 2] * 8
+    assert batch["segment"][1].tolist() == [8] * 3 + [-1] * 21
 
 
 def examples_as_item(examples, rows):

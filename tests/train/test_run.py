@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from curate.build import build
 from curate.errors import InputError
 from train.config import CftConfig, CptConfig, load
 from train.data import Examples
@@ -33,17 +32,6 @@ STARTER = ROOT / "examples/starter"
 TINY = {"model_type": "llama", "vocab_size": 6144, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024, "pad_token_id": 0,
         "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a manifest of real rows (30 replayed) and the configuration of a tiny model."""
-    folder = tmp_path_factory.mktemp("runs")
-    tasks = [{"name": n, "path": str(ROOT / f"examples/superni/{n}.jsonl.gz"), "format": "superni", "split": "train"}
-             for n in ("sentiment_analysis", "misc")]  # fmt: skip
-    build({"tasks": tasks, "replay": {"selector": "uniform", "budget": 30}, "out": str(folder / "data")})
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
 
 
 def settings(place, out, *words, model=None):
@@ -74,18 +62,6 @@ def close(a, b, tolerance):
 def plain(place):
     """Six steps of plain fine-tuning from seeded random weights."""
     return trained(place, place / "plain")
-
-
-@pytest.fixture(scope="module")
-def start(place):
-    """The tiny model with seeded random weights, saved: a start that several runs share."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
-    model.save_pretrained(place / "start")
-    AutoTokenizer.from_pretrained(STARTER).save_pretrained(place / "start")
-    return place / "start"
 
 
 # --- what a run leaves behind ---
@@ -298,11 +274,42 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, plain, tmp_path, roo
     assert same(plain, weights(out / "model"))
 
 
-def test_a_checkpoint_of_another_run_is_refused(place, plain):
+def test_a_checkpoint_of_another_run_is_refused_and_the_run_left_as_it_was(place, plain):
     out = place / "other"
     shutil.copytree(place / "plain", out)
-    with pytest.raises(InputError, match=r"another run.*settings"):
-        trained(place, out, "learning_rate=0.02")
+    before = {name: (out / name).read_bytes() for name in ("run.json", "lineage.parquet", "log.jsonl")}
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"another run.*settings"):
+            trained(place, out, "learning_rate=0.02")
+        assert {name: (out / name).read_bytes() for name in before} == before
+        for checkpoint in checkpoints(out):  # then what is finished tells by itself
+            shutil.rmtree(checkpoint)
+
+
+def test_the_log_goes_on_where_the_run_does(place, plain):
+    out = place / "log"
+    shutil.copytree(place / "plain", out)
+    shutil.rmtree(out / "checkpoint-6")
+    trained(place, out)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 6], "the last one is the summary of the run"
+
+
+def test_epochs_are_the_datas_and_not_the_librarys(place, tmp_path):
+    # 107 rows in batches of 32: 3.3 steps an epoch, 7 in two
+    words = ("max_steps=-1", "num_train_epochs=2", "per_device_train_batch_size=32", "save_strategy=epoch",
+             "logging_strategy=epoch", "save_total_limit=9")  # fmt: skip
+    trained(place, tmp_path / "out", *words)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [4, 7][: len(lines) - 1]
+    assert [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-7"]
+    assert lines[-1]["epoch"] == pytest.approx(2)
+
+
+def test_kl_of_random_weights_is_to_the_same_random_weights(place, tmp_path):
+    trained(place, tmp_path / "out", "kl.weight=0.1", "max_steps=1", "logging_steps=1")
+    first = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) < 1e-6
 
 
 # --- methods ---
@@ -344,40 +351,12 @@ def test_a_sample_longer_than_the_context_is_named(place, tmp_path):
         f"data={place / 'data'}",
         f"out={tmp_path / 'o'}",
     ]
-    with pytest.raises(InputError, match=r"uid [0-9a-f]{32}: \d+ tokens, the model's context is 64") as error:
+    with pytest.raises(InputError, match=r"84 of 107 rows are longer than max_length=64 .*the model's context"):
         run("cft", *load(CftConfig, None, words), quiet=True)
-    assert "max_length=64" in str(error.value)
+    blocks = [*words, "max_steps=1", "pack_length=65"]
+    with pytest.raises(InputError, match="positions for 64 tokens"):
+        run("cpt", *load(CptConfig, None, blocks), quiet=True)
     assert not (tmp_path / "o").exists()
-
-
-def test_lora_trains_the_adapter_only(place, start):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    ours, theirs = load(CftConfig, None, settings(place, place / "lora", "lora.r=2", "lora.target_modules=all-linear",
-                                                  "kl.weight=0.1", "merge=true", model=start))  # fmt: skip
-    folder = run("cft", ours, theirs, quiet=True)
-    assert (folder / "adapter_model.safetensors").is_file()
-    base = AutoModelForCausalLM.from_pretrained(start)
-    adapted = PeftModel.from_pretrained(base, folder).merge_and_unload()
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
-
-
-def test_o_lora_starts_as_the_old_adapter_and_leaves_it_alone(place, start):
-    words = ("lora.r=2", "lora.target_modules=[q_proj]")
-    ours, theirs = load(CftConfig, None, settings(place, place / "first", *words, model=start))
-    old = run("cft", ours, theirs, quiet=True)
-    before = load_file(old / "adapter_model.safetensors")
-    more = (f"o_lora.previous=[{old}]", "o_lora.weight=0.5")
-    ours, theirs = load(CftConfig, None, settings(place, place / "second", *words, *more, model=start))
-    new = run("cft", ours, theirs, quiet=True)
-    assert same(before, load_file(old / "adapter_model.safetensors"))
-    lines = [json.loads(line) for line in (place / "second/log.jsonl").read_text().splitlines()]
-    values = [line["orthogonality"] for line in lines if "orthogonality" in line]
-    assert len(values) == 3 and values[-1] < values[0]
-    assert not same(before, load_file(new / "adapter_model.safetensors"))
 
 
 def test_cpt_trains_on_all_tokens(place):
@@ -417,6 +396,10 @@ def test_cpt_from_random_weights_begins_at_a_uniform_guess_and_mixes_domains(pla
         (["o_lora.previous=[x]"], "needs `lora`"),
         (["too_long=error", "max_length=40"], "tokens"),
         (["pack_length=100"], "packing"),
+        (["ewc={weight: 1, fisher: [x]}", "lora.r=2"], "EWC holds the weights"),
+        (["label_smoothing_factor=0.1"], "the loss is the method's"),
+        (["auto_find_batch_size=true"], "planned before the first"),
+        (["accelerator_config={split_batches: true}"], "split_batches"),
     ],
 )
 def test_bad_settings_are_found_before_the_first_step(place, tmp_path, words, match):
@@ -428,6 +411,8 @@ def test_bad_settings_are_found_before_the_first_step(place, tmp_path, words, ma
 def test_yaml_words_mean_what_training_arguments_mean(place, tmp_path):
     (tmp_path / "run.yaml").write_text("save_strategy: no\nlearning_rate: 1e-5\nweight_decay: 0.1\nreport_to: none\n")
     _, theirs = load(CftConfig, tmp_path / "run.yaml", ["model=m", "data=d", "out=o"])
+    _, named = load(CftConfig, None, ["model=m", "data=d", "out=o", "run_name=infinity"])
+    assert named == {"run_name": "infinity"}
     assert theirs == {"save_strategy": "no", "learning_rate": 1e-5, "weight_decay": 0.1, "report_to": "none"}
 
 
@@ -456,6 +441,10 @@ def test_ewc_without_information_is_plain_and_with_much_holds_the_weights(place,
         save_file({k: torch.full_like(v, value) for k, v in before.items()}, tmp_path / name / "fisher.safetensors")
         save_file(before, tmp_path / name / "anchor.safetensors")
     slow = ("learning_rate=0.0001", "max_grad_norm=0")
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "fisher.safetensors")
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "anchor.safetensors")
+    with pytest.raises(InputError, match="of another model"):
+        trained(place, tmp_path / "other", f"ewc={{weight: 1, fisher: [{tmp_path}]}}", model=start)
     free = trained(place, tmp_path / "free", *slow, model=start)
     none = trained(place, tmp_path / "none", *slow, f"ewc={{weight: 1, fisher: [{tmp_path}/nothing]}}", model=start)
     held = trained(place, tmp_path / "held", *slow, f"ewc={{weight: 1e4, fisher: [{tmp_path}/much]}}", model=start)

@@ -27,6 +27,12 @@ class Fisher:
     fisher: dict[str, Tensor]
     anchor: dict[str, Tensor]
 
+    def move(self, device: torch.device) -> None:
+        """To where the parameters are, once."""
+        if next(iter(self.fisher.values())).device != device:
+            self.fisher = {name: value.to(device) for name, value in self.fisher.items()}
+            self.anchor = {name: value.to(device) for name, value in self.anchor.items()}
+
 
 @dataclass
 class Cft:
@@ -56,11 +62,11 @@ class Cft:
     def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
         """NLL, and KL where it is on."""
         mask, weight, own = batch["loss_mask"], token_weights(batch), self.size(batch)[0]
-        measures: tuple[Measure, ...] = ("logps", "kl") if self.kl else ("logps",)
+        measures: tuple[Measure, ...] = ("logps", "kl") if self.kl and model.training else ("logps",)
         found = token_values(model, batch, measures, reference=self.reference)  # one pass of the model for both
         loss = weighted_nll(found["logps"], mask, weight, normaliser[0])
         logged = {"rows": by_sample(-found["logps"].detach(), batch), "nll": _of(loss, normaliser[0], own)}
-        if self.kl:
+        if "kl" in found:
             kl = kl_penalty(found["kl"], mask, weight, normaliser[0])
             loss, logged["kl"] = loss + self.kl * kl, _of(kl, normaliser[0], own)
         return loss, logged
@@ -73,9 +79,10 @@ class Cft:
         parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         if self.ewc:
             for each in self.fishers:
-                names = [n for n in each.fisher if n in parameters]
-                part = ewc_penalty([parameters[n] for n in names], [each.anchor[n].to(parameters[n]) for n in names],
-                                   [each.fisher[n].to(parameters[n].device) for n in names])  # fmt: skip
+                names = list(each.fisher)
+                each.move(parameters[names[0]].device)
+                part = ewc_penalty([parameters[n] for n in names], [each.anchor[n] for n in names],
+                                   [each.fisher[n] for n in names])  # fmt: skip
                 logged["ewc"] = logged.get("ewc", 0.0) + part.detach()
                 total = self.ewc * part if total is None else total + self.ewc * part
         if self.orthogonal and self.old_adapters:
