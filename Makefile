@@ -26,7 +26,7 @@ demo: $(BIN)/.core  ## every stage on eighteen real tasks with a small real mode
 	@$(BIN)/curate explain runs/demo "$$($(BIN)/python -c 'import polars as p; print(p.read_parquet("runs/demo/completions.parquet").filter(p.col("origin") == "policy", p.col("stage") == 4).sort("reward", descending=True)["prompt_uid"][0])')"
 
 test: $(BIN)/.dev lint  ## lint, type-check and run every test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(BIN)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -119,7 +119,7 @@ def _train(name: str, config: Path | None, settings: list[str] | None, quiet: bo
 
         ours, theirs = load(CONFIGS[name], config, _checked(settings))
         model = run(name, ours, theirs, quiet)
-        if not quiet:
+        if not quiet and os.environ.get("RANK", "0") == "0":  # the first of several processes speaks
             sys.stdout.write(f"model: {model}\n")
 
 

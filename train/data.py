@@ -363,7 +363,8 @@ def _too_long_error(listed: pl.DataFrame, n: int) -> InputError:
     row = "a row made here" if worst["row"] is None else f"row {worst['row']}"
     return InputError(
         f"{worst['manifest']}: {listed.height} of {n} rows are longer than max_length={worst['max_length']} tokens "
-        f"(by default the model's context); the longest is task {worst['task']!r}, {row} (uid {worst['uid']}): {worst['prompt_tokens']} tokens of prompt "
+        f"(by default the model's context); the longest is task {worst['task']!r}, {row} (uid {worst['uid']}): "
+        f"{worst['prompt_tokens']} tokens of prompt "
         f"and {worst['answer_tokens']} of answer",
         remedy=f"max_length={length} if the model's context allows it; too_long: truncate (cuts the start of the "
         "prompt) or too_long: drop (leaves such rows out and lists them)",
