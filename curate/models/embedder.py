@@ -42,7 +42,7 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
     """
     if config.backend == "precomputed":
         return Precomputed(base / str(config.path))
-    folder, name = model_folder(config.model, base)
+    folder, name = model_folder(config.model, base, whole=True)
     if config.backend == "lm":
         return LanguageModel(folder, name, config)
     return SentenceModel(folder, name, config)

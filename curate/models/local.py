@@ -23,13 +23,22 @@ from curate.manifest.schema import content_hash
 from curate.models.base import Completion, Message, Prompt, Sampling
 from curate.models.chat import answer_ids, contents, prompt_ids
 from curate.models.memory import halving
-from curate.models.weights import architectures, model_folder, quiet, refuse_foreign_tokens, weights_hash
+from curate.models.weights import (
+    architectures,
+    load_causal,
+    model_folder,
+    quiet,
+    refuse_foreign_tokens,
+    stack,
+    tokenizer_folder,
+    weights_hash,
+)
 
 LOGITS = 1 << 26  # logits that are held at once: 256 MiB in float32
 
 
 class LocalModel:
-    """Generator and Scorer over one causal language model.
+    """Generator and Scorer over one causal language model, or an adapter merged into one.
 
     Args:
         config: which model, where it runs, and how many sequences a forward pass holds.
@@ -43,10 +52,11 @@ class LocalModel:
     def __init__(self, config: ModelConfig, base: Path = Path(), where: str = "policy.model") -> None:
         self.config, self.where = config, where
         self.folder, self.name = model_folder(config.model, base, where)
-        kinds = architectures(self.folder)
+        self._whole = stack(self.folder, f"{where} {self.name!r}")[0]
+        kinds = architectures(self._whole)
         if not any(kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in kinds):
             raise InputError(f"{where} {self.name!r}: not a causal language model ({', '.join(kinds) or 'no config'})")
-        if json.loads((self.folder / "config.json").read_bytes()).get("is_encoder_decoder"):
+        if json.loads((self._whole / "config.json").read_bytes()).get("is_encoder_decoder"):
             raise InputError(f"{where} {self.name!r}: an encoder-decoder, not a causal language model ({kinds[0]})")
 
     @cached_property
@@ -134,8 +144,9 @@ class LocalModel:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
+        folder = tokenizer_folder(self.folder, self.where)
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a broken file raises, the tokenizer cannot be used
             raise InputError(f"{self.where} {self.name!r}: no usable tokenizer: {str(error)[:500]}") from None
         tokenizer.model_max_length = 1 << 62  # lengths are checked here, row by row; its own warning names no row
@@ -153,7 +164,7 @@ class LocalModel:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            return AutoConfig.from_pretrained(self._whole, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a broken file raises, the model cannot be used
             raise InputError(f"{self.where} {self.name!r}: no usable config.json: {str(error)[:500]}") from None
 
@@ -161,23 +172,16 @@ class LocalModel:
     def model(self) -> Any:
         """The model in eval mode on its device."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         quiet()
         device, dtype = self.place
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                dtype=getattr(torch, dtype), output_loading_info=True,
-            )  # fmt: skip
-            model, info = loaded[0].to(device), loaded[1]
+            where = f"{self.where} {self.name!r}"
+            model = load_causal(self.folder, where, dtype=getattr(torch, dtype)).to(device)
+        except InputError:
+            raise
         except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
             raise InputError(f"{self.where} {self.name!r} cannot be loaded: {str(error)[:500]}") from None
-        if info["missing_keys"]:  # transformers would fill them with random numbers
-            raise InputError(
-                f"{self.where} {self.name!r}: its files lack the weights {', '.join(sorted(info['missing_keys'])[:5])}",
-                remedy="save the whole trained model with model.save_pretrained(folder)",
-            )
         self._check_tokenizer(model)
         return model.eval()
 

