@@ -20,7 +20,7 @@ from curate.manifest import read
 from curate.models.weights import model_folder, weights_hash
 from train.config import AnswersConfig, CoprConfig
 from train.losses.copr import advantages, draw_scale, fit_loss, optimal_logps
-from train.methods.answers import Reduction, answer_values, lengths
+from train.methods.answers import answer_values
 from train.prefix import Cost, shares_prefixes
 from train.sets import Kind, SetCollator, Sets
 
@@ -62,7 +62,7 @@ def policy_hash(config: AnswersConfig) -> str | None:
     return weights_hash(folder)
 
 
-def collator(config: AnswersConfig, sets: Sets, model: Any, pad: int, gold: bool) -> SetCollator:
+def collator(config: AnswersConfig, model: Any, pad: int, gold: bool) -> SetCollator:
     """Batches of sets, in the layout that this model obeys.
 
     Raises:
@@ -74,23 +74,21 @@ def collator(config: AnswersConfig, sets: Sets, model: Any, pad: int, gold: bool
             raise InputError("layout shared: this model's attention takes no block mask",
                              remedy="set layout=separate, or attention=sdpa")  # fmt: skip
         layout = "separate"
-    return SetCollator(sets, gold=gold, layout=layout, cost=Cost.of(model), limit=config.row_length, pad=pad)
+    return SetCollator(gold=gold, layout=layout, cost=Cost.of(model), limit=config.row_length, pad=pad)
 
 
 @torch.no_grad()
-def measure(model: Any, collate: SetCollator, batch_size: int, reduction: Reduction = "sum") -> Values:
-    """Log π of every answer under a model, [a], nats: summed over its tokens, or their mean."""
-    sets, device = collate.sets, next(model.parameters()).device
-    plain = replace(collate, gold=False)
+def measure(model: Any, sets: Sets, collate: SetCollator, batch_size: int) -> Values:
+    """Log π of every answer under a model, [a], nats, summed over its tokens."""
+    plain, device = replace(collate, gold=False), next(model.parameters()).device
     model.eval()
     found = np.zeros(len(sets.tokens))
     for start in range(0, len(sets), batch_size):
-        batch = plain.batch(range(start, min(start + batch_size, len(sets))))
-        if not len(batch["answer"]):
-            continue
-        on = {key: value.to(device) for key, value in batch.items()}
-        logps = answer_values(model, on)[1].double()
-        found[batch["answer"].numpy()] = (logps / lengths(on) if reduction == "mean" else logps).cpu().numpy()
+        rows = [row for row in range(start, min(start + batch_size, len(sets))) if len(sets.answers(row))]
+        if rows:
+            batch = plain.batch(sets, rows)
+            logps = answer_values(model, {key: value.to(device) for key, value in batch.items()})[1]
+            found[batch["answer"].numpy()] = logps.double().cpu().numpy()
     return found
 
 

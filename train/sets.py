@@ -21,7 +21,8 @@ from curate.manifest import Manifest
 from curate.models.base import Prompt
 from curate.models.chat import answer_ids
 from train.data import Examples, check_fingerprints
-from train.packing import Item
+from train.mixing import Mixture
+from train.packing import Item, Items
 from train.prefix import Cost, Layout, batch_of, groups
 
 Kind = Literal["ranked", "compared"]
@@ -44,6 +45,7 @@ class Sets:
         rank: [a] int32, 1 = best, ties share one; 0 = not ranked.
         similarity: [a] float64, cosine to the gold answer; NaN = not compared.
         logps: [a] float64, Σ log π over its tokens as the manifest has it, nats; NaN = not there.
+        target: [a] float64, COPR's log P*; NaN = not computed.
         uid: [a] uids of the completions.
         left_out: completions and prompts that are not used, with the reason.
     """
@@ -55,6 +57,7 @@ class Sets:
     rank: NDArray[np.int32]
     similarity: NDArray[np.float64]
     logps: NDArray[np.float64]
+    target: NDArray[np.float64]
     uid: pl.Series
     left_out: pl.DataFrame
 
@@ -108,7 +111,7 @@ class Sets:
             rows=every.take(taken), source=np.zeros(len(taken), np.int32), bounds=np.array(bounds, np.int64),
             tokens=[np.array(k["ids"], np.int32) for k in kept],
             rank=np.array([k["rank"] or 0 for k in kept], np.int32), similarity=np.array(similarity, np.float64),
-            logps=np.array([k["logp"] for k in kept], np.float64),
+            logps=np.array([k["logp"] for k in kept], np.float64), target=np.full(len(kept), np.nan),
             uid=pl.Series("uid", [k["uid"] for k in kept], dtype=pl.String), left_out=pl.DataFrame(why, schema=_WHY),
         )  # fmt: skip
 
@@ -122,7 +125,8 @@ class Sets:
             bounds=np.concatenate([[0], *(p.bounds[1:] + s for p, s in zip(parts, shifts[:-1], strict=True))]),
             tokens=[t for p in parts for t in p.tokens], rank=np.concatenate([p.rank for p in parts]),
             similarity=np.concatenate([p.similarity for p in parts]), logps=np.concatenate([p.logps for p in parts]),
-            uid=pl.concat([p.uid for p in parts]), left_out=pl.concat([p.left_out for p in parts]),
+            target=np.concatenate([p.target for p in parts]), uid=pl.concat([p.uid for p in parts]),
+            left_out=pl.concat([p.left_out for p in parts]),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -140,17 +144,33 @@ class Sets:
         return folder / LISTED
 
 
+@dataclass(frozen=True, eq=False)
+class SetItem(Item):
+    """A prompt with its gold answer, and the sets that hold its other answers."""
+
+    sets: Sets
+
+
+class SetItems(Items):
+    """The prompts of sets in the order of a mixture; arguments as `Items` takes them, without packing."""
+
+    def __init__(self, sets: Sets, mixture: Mixture, **how: Any) -> None:
+        super().__init__(sets.rows, mixture, **how)
+        self.sets = sets
+
+    def __getitem__(self, index: int) -> SetItem:
+        return SetItem(**vars(super().__getitem__(index)), sets=self.sets)
+
+
 @dataclass(frozen=True)
 class SetCollator:
     """Prompts to a batch: `prefix.batch_of`, and what is known of the answers.
 
     Beside the tensors of `batch_of`: prompt [a] int64, which of the batch's prompts an answer is of; rank [a] int64,
-    similarity and ref_logps [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no rank);
-    answer [a] int64, its number in the sets, -1 = gold;
-    weight [n] float32, row and source [n] int64 of the prompts.
+    similarity, ref_logps and target [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no
+    rank); answer [a] int64, its number in the sets, -1 = gold; weight [n] float32, row and source [n] int64 of the prompts.
 
     Attributes:
-        sets: where the prompts are from.
         gold: whether each prompt brings its gold answer too.
         layout: how answers share rows.
         cost: of a row, for the layout `auto`.
@@ -158,20 +178,18 @@ class SetCollator:
         pad: any token.
     """
 
-    sets: Sets
     gold: bool = False
     layout: Layout = "auto"
     cost: Cost = field(default_factory=Cost)
     limit: int | None = None
     pad: int = 0
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """The batch of items (one row each: `Items` without packing)."""
-        return self.batch([int(item.rows[0]) for item in items])
+    def __call__(self, items: Sequence[SetItem]) -> dict[str, Tensor]:
+        """The batch of items, all of the same sets."""
+        return self.batch(items[0].sets, [int(item.rows[0]) for item in items])
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, sets: Sets, rows: Sequence[int]) -> dict[str, Tensor]:
         """The batch of prompts."""
-        sets = self.sets
         prompts, answers, numbers = [], [], []
         for row in rows:
             whole, first = sets.rows.row_tokens(row), int(sets.rows.first_target[row])
@@ -190,6 +208,7 @@ class SetCollator:
         batch["rank"] = torch.from_numpy(np.where(gold, 0, sets.rank[number]).astype(np.int64))
         batch["similarity"] = torch.from_numpy(np.where(gold, np.nan, sets.similarity[number]))
         batch["ref_logps"] = torch.from_numpy(np.where(gold, np.nan, sets.logps[number]))
+        batch["target"] = torch.from_numpy(np.where(gold, np.nan, sets.target[number]))
         batch["weight"] = torch.from_numpy(sets.rows.weights[list(rows)])
         batch["row"] = torch.tensor(list(rows))
         batch["source"] = torch.from_numpy(sets.source[list(rows)].astype(np.int64))

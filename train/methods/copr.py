@@ -35,12 +35,10 @@ class Copr:
     """Attributes: as in `train.config.CoprConfig`, and
 
     tasks: names of the old tasks, whose buffers have the sources 1, 2, …; 0 is the current task.
-    targets: [a] log P* of every answer of the run's sets.
     d: [n] fit of each buffer under the initial parameters.
     log_lambda: [n] ln λ, the state.
     """
 
-    targets: Tensor
     tasks: list[str] = field(default_factory=list)
     d: Tensor = field(default_factory=lambda: torch.zeros(0))
     log_lambda: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -70,7 +68,7 @@ class Copr:
         if self.reduction == "mean":
             logps = logps / lengths(batch)
         grid, own = Grid.of(batch, ~batch["gold"]), self.size(batch)
-        target = self.targets.to(logps.device)[batch["answer"]].to(logps.dtype)
+        target = batch["target"].to(logps.dtype)
         each = fit_loss(grid(logps), grid(target), grid.mask, self.distance)  # [n]
         weight, source = batch["weight"], self._source(batch)
         parts = torch.stack([(weight * each * (source == i)).sum() for i in range(len(self.tasks) + 1)])
