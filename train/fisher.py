@@ -32,7 +32,7 @@ from train.packing import Collator, Item
 class FisherConfig(Section):
     """What `train fisher` takes."""
 
-    model: str = Field(description="folder of the trained model, or an adapter's base with `lora` weights merged")
+    model: str = Field(description="folder of the trained model, or of an adapter, which is merged into its base")
     data: list[str] = Field(min_length=1, description="manifest that it was trained on")
     out: str = Field(description="folder of fisher.safetensors and anchor.safetensors")
     origins: tuple[Literal["current", "replay", "augmented"], ...] = Field(("current",), description="rows that count")

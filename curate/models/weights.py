@@ -136,7 +136,10 @@ def _with_adapter(model: Any, folder: Path, where: str) -> Any:
             f"{where}: {folder}: an adapter cannot be merged into weights that ZeRO-3 shards",
             remedy="name a merged model: `train cft merge=true` writes one beside the adapter",
         )
-    found = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+    settings = PeftConfig.from_pretrained(str(folder))
+    if settings.is_prompt_learning:
+        raise InputError(f"{where}: {folder}: an adapter of type {settings.peft_type} cannot be merged into a model")
+    found = PeftModel(model, settings)
     loaded = found.load_adapter(str(folder), "default", torch_device="cpu")
     if lost := sorted([*loaded.missing_keys, *loaded.unexpected_keys]):  # PEFT would only warn
         raise InputError(f"{where}: {folder} is no adapter of {model.name_or_path!r}: {len(lost)} weights have no "

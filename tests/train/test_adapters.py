@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_run import STARTER, same, settings, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -233,6 +233,10 @@ def test_adapters_that_are_no_model(place, start, first, tmp_path):
     (more / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     with pytest.raises(InputError, match=r"no adapter of .*\d+ weights have no counterpart"):
         opened(more)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(start), prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(InputError, match="PROMPT_TUNING cannot be merged"):
+        opened(tmp_path / "prompt")
     with pytest.raises(InputError, match="a whole model is needed"):
         model_folder(str(first), Path(), whole=True)
     with pytest.raises(InputError, match="a whole model is needed"):
