@@ -168,7 +168,8 @@ class SetCollator:
 
     Beside the tensors of `batch_of`: prompt [a] int64, which of the batch's prompts an answer is of; rank [a] int64,
     similarity, ref_logps and target [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no
-    rank); answer [a] int64, its number in the sets, -1 = gold; weight [n] float32, row and source [n] int64 of the prompts.
+    rank); answer [a] int64, its number in the sets, -1 = gold; weight [n] float32, row and source [n] int64 of the
+    prompts.
 
     Attributes:
         gold: whether each prompt brings its gold answer too.

@@ -334,8 +334,13 @@ def test_a_batch_without_a_target_is_no_loss_and_no_gradient(start):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(start)
-    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "loss_mask": torch.zeros(1, 3, dtype=torch.bool),
-             "row": torch.zeros(1), "weight": torch.ones(1), "segment": torch.zeros(1, 3, dtype=torch.long)}
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "loss_mask": torch.zeros(1, 3, dtype=torch.bool),
+        "row": torch.zeros(1),
+        "weight": torch.ones(1),
+        "segment": torch.zeros(1, 3, dtype=torch.long),
+    }
     loss, _ = Cft().loss(model, batch, torch.zeros(1))
     loss.backward()
     assert loss.item() == 0
