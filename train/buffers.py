@@ -25,10 +25,10 @@ from train.sets import Sets
 TARGETS, FACTS = "targets.parquet", "buffer.json"
 
 
-def chosen(sets: Sets, keep: float, seed: int) -> list[int]:
-    """Prompts of a buffer: a share of them, at least one, by a hash of seed and uid; in their order."""
-    n = max(1, round(keep * len(sets))) if keep > 0 else 0
-    places = sorted(range(len(sets)), key=lambda i: hashlib.sha256(f"{seed}/{sets.rows.uid[i]}".encode()).digest())
+def chosen(uids: list[str], keep: float, seed: int) -> list[int]:
+    """Places of a buffer's prompts: a share of them, at least one, by a hash of seed and uid; ascending."""
+    n = max(1, round(keep * len(uids))) if keep > 0 else 0
+    places = sorted(range(len(uids)), key=lambda i: hashlib.sha256(f"{seed}/{uids[i]}".encode()).digest())
     return sorted(places[:n])
 
 

@@ -54,6 +54,32 @@ def cpt(config: Config = None, settings: Words = None, quiet: Quiet = False) -> 
 
 
 @app.command()
+def pbl(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """PBL: towards the policy's answers that agree with the target, off those that conflict with it.
+
+    Needs rollouts with similarities: `rollouts` and `candidates: {similarity: true}` in the manifest's config.
+    """
+    _train("pbl", config, settings, quiet)
+
+
+@app.command()
+def dpo(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """DPO or IPO (loss=ipo) over ranked answers, with KL to the old policy; old preferences come back by `mixture`."""
+    _train("dpo", config, settings, quiet)
+
+
+@app.command()
+def copr(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """COPR: fit the policy to the optimum of its own update over ranked answers, held by the optima of older tasks.
+
+    A run leaves a folder `buffer`; later stages name it in `buffers`.
+
+    Example: train copr model=runs/stage-1/model data=runs/stage-2-data buffers=[runs/stage-1/buffer] out=runs/stage-2
+    """
+    _train("copr", config, settings, quiet)
+
+
+@app.command()
 def fisher(config: Config = None, settings: Words = None) -> None:
     """Estimate the diagonal Fisher information of a model on its rows: what `ewc` holds in later stages.
 

@@ -182,7 +182,7 @@ class Examples:
             sources=tuple(source for p in parts for source in p.sources),
         )  # fmt: skip
 
-    def write_too_long(self, folder: Path) -> Path | None:
+    def write_left_out(self, folder: Path) -> Path | None:
         """List in the run folder what was dropped or truncated, so that nothing disappears silently; None: nothing."""
         if not self.too_long.height:
             return None

@@ -6,8 +6,9 @@ how log P* and d_i are computed from it. It knows neither the trainer nor the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +17,95 @@ import torch
 from numpy.typing import NDArray
 
 from curate.errors import InputError
-from curate.manifest import read
+from curate.manifest import Manifest, read
 from curate.models.weights import model_folder, weights_hash
-from train.config import AnswersConfig, CoprConfig
+from train.buffers import chosen, read_buffer, write_buffer
+from train.config import AnswersConfig, CoprConfig, DpoConfig, PblConfig
 from train.losses.copr import advantages, draw_scale, fit_loss, optimal_logps
-from train.methods.answers import answer_values
+from train.methods import Method
+from train.methods.answers import Reduction, answer_values
+from train.methods.copr import Copr
+from train.methods.dpo import Dpo
+from train.methods.pbl import Pbl
 from train.prefix import Cost, shares_prefixes
 from train.sets import Kind, SetCollator, Sets
 
 Values = NDArray[np.float64]
+BUFFER = "buffer"
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What a stage trains on and is held by.
+
+    Attributes:
+        sets: of the current task, and behind them those of the buffers; source 0, 1, ….
+        manifest: of the current task.
+        tasks: names of the old tasks, one a buffer.
+    """
+
+    sets: Sets
+    manifest: Manifest
+    tasks: list[str]
+
+    def write_left_out(self, folder: Path) -> None:
+        """List in the run folder what is not used."""
+        self.sets.write_left_out(folder)
+
+
+def read_stage(name: str, config: AnswersConfig, tokenizer: Any, ends: set[int], context: int | None) -> Stage:
+    """The sets of a run.
+
+    Raises:
+        InputError: nothing usable; answers that do not fit; a buffer that is none, or of other settings.
+    """
+    if isinstance(config, CoprConfig) and len(config.data) > 1:
+        raise InputError("data: COPR has one current task, in one manifest", remedy="older ones are `buffers`")
+    parts, tasks = [read_sets(name, config, config.data, tokenizer, ends, context)], list[str]()
+    if isinstance(config, CoprConfig) and config.constraint != "none":
+        most = _most(config, context)
+        for folder in config.buffers:
+            where = config.path(folder)
+            task, sets = read_buffer(where, tokenizer, config.beta, config.reduction, ends=ends, max_length=most)
+            _refuse_long(folder, sets, config, most)
+            parts.append(as_replay(sets))
+            tasks.append(task)
+    return Stage(Sets.concat(parts), read(config.path(config.data[0])), tasks)
 
 
 def read_sets(
-    config: AnswersConfig, folders: Sequence[str], tokenizer: Any, ends: set[int], kind: Kind, context: int | None,
-    origins: Sequence[str] = ("current", "replay", "augmented"),
-) -> list[Sets]:  # fmt: skip
-    """The sets of each folder.
+    name: str, config: AnswersConfig, folders: Sequence[str], tokenizer: Any, ends: set[int], context: int | None
+) -> Sets:
+    """The sets of manifests, as one source.
 
     Raises:
         InputError: nothing usable at all; answers that do not fit where `too_long` is error.
     """
-    most = min((n for n in (config.max_length, context) if n is not None), default=None)
-    manifests = [read(config.path(folder)) for folder in folders]
-    policy = policy_hash(config) if config.reference == "manifest" else None
-    found = [Sets.of(m, tokenizer, kind=kind, ends=ends, policy=policy, max_length=most, origins=origins)
-             for m in manifests]  # fmt: skip
+    kind: Kind = "compared" if name == "pbl" else "ranked"
+    origins = ("current",) if name == "copr" else ("current", "replay", "augmented")
+    most, policy = _most(config, context), policy_hash(config) if config.reference == "manifest" else None
+    found = [Sets.of(read(config.path(folder)), tokenizer, kind=kind, ends=ends, policy=policy, max_length=most,
+                     origins=origins) for folder in folders]  # fmt: skip
+    for folder, sets in zip(folders, found, strict=True):
+        _refuse_long(folder, sets, config, most)
     if not any(len(sets.tokens) for sets in found):
         raise _nothing(folders, kind)
-    for folder, sets in zip(folders, found, strict=True):
-        long = sets.left_out.filter(sets.left_out["reason"].str.contains("fit beside the prompt"))
-        if long.height and config.too_long == "error":
-            raise InputError(
-                f"{folder}: {long.height} answers do not fit into {most} tokens beside their prompt, the first is "
-                f"completion {long['uid'][0]} of prompt {long['prompt_uid'][0]}: {long['reason'][0]}",
-                remedy="set too_long=drop (leaves such answers out and lists them)",
-            )
-    return found
+    whole = Sets.concat(found)
+    return replace(whole, source=np.zeros_like(whole.source))
+
+
+def _most(config: AnswersConfig, context: int | None) -> int | None:
+    return min((n for n in (config.max_length, context) if n is not None), default=None)
+
+
+def _refuse_long(folder: str, sets: Sets, config: AnswersConfig, most: int | None) -> None:
+    long = sets.left_out.filter(sets.left_out["reason"].str.contains("fit beside the prompt"))
+    if long.height and config.too_long == "error":
+        raise InputError(
+            f"{folder}: {long.height} answers do not fit into {most} tokens beside their prompt, the first is "
+            f"completion {long['uid'][0]} of prompt {long['prompt_uid'][0]}: {long['reason'][0]}",
+            remedy="set too_long=drop (leaves such answers out and lists them)",
+        )
 
 
 def policy_hash(config: AnswersConfig) -> str | None:
@@ -92,15 +146,16 @@ def measure(model: Any, sets: Sets, collate: SetCollator, batch_size: int) -> Va
     return found
 
 
-def references(config: AnswersConfig, sets: Sets, now: Callable[[], Values]) -> Values:
-    """Log π_ref of every answer, [a], summed: as stored, or as `now` measures it under the model before training.
+def fill(config: AnswersConfig, sets: Sets, model: Any, collate: SetCollator, batch_size: int, seed: int) -> None:
+    """Log π_ref of every answer, and for COPR log P* where a buffer has not brought it, into the sets.
 
     Raises:
-        InputError: a stored one is missing, or not finite.
+        InputError: a stored log-probability is missing, or not finite.
     """
     if config.reference == "measure":
-        return now()
-    bad = np.flatnonzero(~np.isfinite(sets.logps))
+        sets.logps[:] = measure(model, sets, collate, batch_size)
+    unset = np.isnan(sets.target) if isinstance(config, CoprConfig) else np.ones(len(sets.logps), bool)
+    bad = np.flatnonzero(unset & ~np.isfinite(sets.logps))
     if bad.size:
         first = int(bad[0])
         row = int(np.searchsorted(sets.bounds, first, side="right")) - 1
@@ -111,7 +166,46 @@ def references(config: AnswersConfig, sets: Sets, now: Callable[[], Values]) -> 
             remedy="build with `policy` naming this model (rollouts at temperature 1, top_p 1), or set "
             "reference=measure: the model before training then measures them",
         )
-    return sets.logps
+    if isinstance(config, CoprConfig):
+        ref = per_token(sets, sets.logps, config.reduction)
+        sets.target[unset] = targets(sets, np.where(unset, ref, 0), config.beta, seed)[unset]
+
+
+def method_of(
+    config: AnswersConfig, stage: Stage, model: Any, reference: Any, collate: SetCollator, batch_size: int
+) -> Method:
+    """The method of a run, with the constraints of COPR measured under the model before training."""
+    if isinstance(config, PblConfig):
+        return Pbl(config.threshold, config.alpha, config.beta, config.gamma, config.negative, config.b)
+    if isinstance(config, DpoConfig):
+        return Dpo(config.loss, config.beta, config.label_smoothing, config.reduction, config.gamma,
+                   config.kl.weight if config.kl else 0.0, reference)  # fmt: skip
+    assert isinstance(config, CoprConfig)
+    tasks = [] if config.constraint == "replay" else stage.tasks
+    d = np.zeros(len(tasks))
+    if tasks:
+        logps = per_token(stage.sets, measure(model, stage.sets, collate, batch_size), config.reduction)
+        each = fits(stage.sets, logps, stage.sets.target, config.fit)
+        d = np.array([each[stage.sets.source == i].mean() for i in range(1, len(tasks) + 1)])
+    return Copr(
+        tasks=tasks, d=torch.from_numpy(d).float(), log_lambda=torch.full((len(tasks),), math.log(config.initial)),
+        distance=config.fit, gamma=config.gamma, reduction=config.reduction, constraint=config.constraint,
+        rate=config.rate, low=config.clamp[0], high=config.clamp[1],
+    )  # fmt: skip
+
+
+def leave_buffer(config: CoprConfig, stage: Stage, tokenizer: Any, out: Path, seed: int) -> Path | None:
+    """Write the buffer of the current task; None where `keep` is 0."""
+    mine = np.flatnonzero(stage.sets.source == 0)
+    places = chosen([stage.sets.rows.uid[i] for i in mine.tolist()], config.keep, seed)
+    if not places:
+        return None
+    names = stage.sets.rows.task_names
+    task = " + ".join(sorted({names[stage.sets.rows.task[i]] for i in mine.tolist()}))
+    facts = {"task": task, "beta": config.beta, "reduction": config.reduction, "seed": seed,
+             "policy": policy_hash(config)}  # fmt: skip
+    rows = [int(mine[i]) for i in places]
+    return write_buffer(out / BUFFER, stage.manifest, stage.sets, rows, tokenizer, facts)
 
 
 def targets(sets: Sets, ref: Values, beta: float, seed: int) -> Values:
@@ -135,9 +229,9 @@ def fits(sets: Sets, logps: Values, target: Values, distance: Any) -> Values:
     return found
 
 
-def per_token(sets: Sets, sums: Values, config: CoprConfig | Any) -> Values:
-    """Sums over tokens as the run's reduction has them."""
-    return sums / np.array([len(t) for t in sets.tokens]) if config.reduction == "mean" else sums
+def per_token(sets: Sets, sums: Values, reduction: Reduction) -> Values:
+    """Sums over tokens as a run's reduction has them."""
+    return sums / np.array([len(t) for t in sets.tokens]) if reduction == "mean" else sums
 
 
 def as_replay(sets: Sets) -> Sets:

@@ -27,7 +27,16 @@ from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
 from curate.models.weights import merged, weights_hash
 from train import lineage, parallel
-from train.config import CftConfig, CptConfig, RunConfig
+from train.config import (
+    AnswersConfig,
+    CftConfig,
+    CoprConfig,
+    CptConfig,
+    DpoConfig,
+    KlConfig,
+    PblConfig,
+    RunConfig,
+)  # fmt: skip
 from train.data import Examples
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
@@ -42,10 +51,14 @@ from train.models import (
     with_adapter,
 )
 from train.packing import Collator, Items, Packing
+from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
 from train.screen import Progress
+from train.sets import SetItems
 from train.trainer import MARK, RehearseTrainer, check_identity, checkpoints, whole
 
-CONFIGS: dict[str, type[RunConfig]] = {"cft": CftConfig, "cpt": CptConfig}
+CONFIGS: dict[str, type[RunConfig]] = {
+    "cft": CftConfig, "cpt": CptConfig, "pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
 MODEL = "model"
 HOUSEKEEPING = (
@@ -68,7 +81,7 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     """Train by a method and return the folder of the final model.
 
     Args:
-        name: cft or cpt.
+        name: cft, cpt, pbl, dpo or copr.
         config: our settings.
         theirs: keys for transformers.TrainingArguments.
         quiet: no progress line.
@@ -79,7 +92,8 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     out = Path(config.out)
     arguments = _arguments(config, theirs)
     tokenizer, context = open_tokenizer(config), context_of(config)
-    examples, items, epochs = _items(name, config, tokenizer, context, arguments)
+    stage = _stage(name, config, tokenizer, context)
+    items, epochs = _items(name, config, stage, context, arguments)
     evaluated = _evaluated(name, config, tokenizer, context, arguments)
     facts = _facts(name, config, theirs, arguments)
     decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
@@ -93,46 +107,71 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
             f"{config.model or config.init}: this architecture lets the samples of a packed row see each other",
             remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
         )
-    model, method = _method(name, config, model, arguments.device)
+    model, reference, old = _adapted(config, model, arguments.device)
+    pad = tokenizer.pad_token_id or 0
+    collate: Any = Collator(pad, one_row=flash)
+    if isinstance(config, AnswersConfig):
+        assert isinstance(stage, Stage)
+        model.to(arguments.device)
+        collate = collator(config, model, pad, gold=name == "pbl")
+        for sets in (stage.sets, *([evaluated.sets] if evaluated else [])):
+            fill(config, sets, model, collate, arguments.eval_batch_size, arguments.seed)
+        method = method_of(config, stage, model, reference, collate, arguments.eval_batch_size)
+    else:
+        method = _method(config, model, reference, old)
     if arguments.process_index == 0:
         _claim(out, facts | {"identity": identity}, config.resume)
-        examples.write_too_long(out)
+        stage.write_left_out(out)
         lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
                       arguments.world_size)  # fmt: skip
     trainer = RehearseTrainer(
         method=method, identity=identity, model=model, args=arguments, train_dataset=items,
         eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, epochs, quiet)],
-        data_collator=Collator(tokenizer.pad_token_id or 0, one_row=flash),
+        data_collator=collate,
     )  # fmt: skip
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return _publish(trainer, out, config, tokenizer)
+    model_folder = _publish(trainer, out, config, tokenizer)
+    if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
+        leave_buffer(config, stage, tokenizer, out, arguments.seed)
+    return model_folder
 
 
 # --- data ---
 
 
+def _stage(name: str, config: RunConfig, tokenizer: Any, context: int | None) -> Examples | Stage:
+    if isinstance(config, AnswersConfig):
+        return read_stage(name, config, tokenizer, end_tokens(config, tokenizer), context)
+    return _examples(name, config, config.data, tokenizer, context)
+
+
 def _items(
-    name: str, config: RunConfig, tokenizer: Any, context: int | None, arguments: Any
-) -> tuple[Examples, Items, float]:
-    """(rows, the items of the whole run, how many epochs they are)."""
-    examples = _examples(name, config, config.data, tokenizer, context)
+    name: str, config: RunConfig, stage: Examples | Stage, context: int | None, arguments: Any
+) -> tuple[Items, float]:
+    """(the items of the whole run, how many epochs they are)."""
+    rows = stage.sets.rows if isinstance(stage, Stage) else stage
+    mixture, packing = Mixture(rows, config.mixture, arguments.seed), _packing(name, config, rows, context)
+
+    def planned(**how: Any) -> Items:
+        if isinstance(stage, Stage):
+            return SetItems(stage.sets, mixture, **how)
+        return Items(rows, mixture, packing=packing, **how)
+
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = arguments.max_steps if arguments.max_steps > 0 else None
-    mixture, packing = Mixture(examples, config.mixture, arguments.seed), _packing(name, config, examples, context)
-    items = Items(examples, mixture, packing=packing, epochs=arguments.num_train_epochs,
-                  max_steps=steps, items_per_step=per_step)  # fmt: skip
+    items = planned(epochs=arguments.num_train_epochs, max_steps=steps, items_per_step=per_step)
     total = len(items) // per_step
     epochs = arguments.num_train_epochs
     if steps is not None:
-        epochs = len(items) / len(Items(examples, mixture, packing=packing))
+        epochs = len(items) / len(planned())
     for what in ("eval", "save", "logging"):  # the library would take the whole run for one epoch
         if getattr(arguments, f"{what}_strategy") == "epoch":
             setattr(arguments, f"{what}_strategy", type(arguments.logging_strategy)("steps"))
             setattr(arguments, f"{what}_steps", max(1, round(total / epochs)))
     arguments.num_train_epochs, arguments.max_steps = 1, total  # the items hold the whole run
-    return examples, items, epochs
+    return items, epochs
 
 
 def _examples(name: str, config: RunConfig, folders: list[str], tokenizer: Any, context: int | None) -> Examples:
@@ -166,6 +205,9 @@ def _evaluated(name: str, config: RunConfig, tokenizer: Any, context: int | None
             raise InputError("eval_strategy asks for evaluation, but there is no `eval_data`",
                              remedy="name a manifest: eval_data=runs/held-out")  # fmt: skip
         return None
+    if isinstance(config, AnswersConfig):
+        sets = read_sets(name, config, config.eval_data, tokenizer, end_tokens(config, tokenizer), context)
+        return SetItems(sets, Mixture(sets.rows, None, arguments.seed))
     examples = _examples(name, config, config.eval_data, tokenizer, context)
     packing = _packing(name, config, examples, context)
     return Items(examples, Mixture(examples, None, arguments.seed), packing=packing)
@@ -174,23 +216,29 @@ def _evaluated(name: str, config: RunConfig, tokenizer: Any, context: int | None
 # --- model and method ---
 
 
-def _method(name: str, config: RunConfig, model: Any, device: torch.device) -> tuple[Any, Method]:
+def _adapted(config: RunConfig, model: Any, device: torch.device) -> tuple[Any, Any, dict[str, list[Tensor]]]:
+    """(the model with its adapter, π_ref where a KL term asks for one, frozen A matrices of older adapters)."""
     reference: Any = None
-    if isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
-        if config.kl.reference is not None or config.lora is None:
-            named = config.kl.reference  # else the model before training, random weights or not
-            reference = deepcopy(model) if named is None else open_model(config, named, "kl.reference")
-            reference = reference.to(device).eval().requires_grad_(False)  # whole in each process
+    kl: KlConfig | None = getattr(config, "kl", None)
+    wanted = kl is not None and kl.weight > 0
+    if kl is not None and wanted and (kl.reference is not None or config.lora is None):
+        named = kl.reference  # else the model before training, random weights or not
+        reference = deepcopy(model) if named is None else open_model(config, named, "kl.reference")
+        reference = reference.to(device).eval().requires_grad_(False)  # whole in each process
     old: dict[str, list[Tensor]] = {}
     if config.lora is not None:
         model, old = with_adapter(model, config, getattr(config, "o_lora", None))
-        if reference is None and isinstance(config, CftConfig) and config.kl is not None and config.kl.weight:
+        if reference is None and wanted:
             reference = AdapterOff(model, "default")  # π_ref: the same weights without the new adapter
+    return model, reference, old
+
+
+def _method(config: RunConfig, model: Any, reference: Any, old: dict[str, list[Tensor]]) -> Method:
     if not isinstance(config, CftConfig):
-        return model, Cpt()
+        return Cpt()
     kl, ewc, o_lora = config.kl, config.ewc, config.o_lora
     fishers = [read_fisher(config.path(folder), model) for folder in ewc.fisher] if ewc and ewc.weight else []
-    return model, Cft(
+    return Cft(
         kl=kl.weight if kl else 0.0, reference=reference, ewc=ewc.weight if ewc else 0.0, fishers=fishers,
         orthogonal=o_lora.weight if o_lora else 0.0, old_adapters=old,
     )  # fmt: skip
@@ -252,7 +300,8 @@ def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: A
 def _inputs(config: RunConfig) -> dict[str, str]:
     """Hashes of the weights that a run begins with or is held by, by folder; a hub model is named in `settings`."""
     kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
-    names = [config.model, kl and kl.reference, *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ())]
+    names = [config.model, kl and kl.reference, *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
+             *getattr(config, "buffers", ())]  # fmt: skip
     folders = {name: config.path(name) for name in names if name}
     return {name: weights_hash(folder) for name, folder in folders.items() if folder.is_dir()}
 

@@ -265,7 +265,7 @@ def test_too_long_is_truncated(shipped, real, tokenizer, tmp_path):
     assert cut["answer"] and cut["prompt"], "the rows show nothing"
     assert short.too_long.height == sum(cut.values())
     assert set(short.too_long["outcome"]) == {"truncated"}
-    listed = pl.read_parquet(short.write_too_long(tmp_path))
+    listed = pl.read_parquet(short.write_left_out(tmp_path))
     sizes = dict(listed.select("uid", pl.col("prompt_tokens") + pl.col("answer_tokens")).iter_rows())
     assert sizes == {real.uid[i]: t for i, t in enumerate(real.lengths.tolist()) if t > 40}
 
@@ -279,12 +279,12 @@ def test_too_long_is_dropped_listed_and_counted(shipped, real, tokenizer, tmp_pa
     assert [short.row_tokens(i).tolist() for i in range(len(short))] == [
         real.row_tokens(i).tolist() for i in np.flatnonzero(keep)
     ]
-    assert short.write_too_long(tmp_path) == tmp_path / LISTED
+    assert short.write_left_out(tmp_path) == tmp_path / LISTED
     listed = pl.read_parquet(tmp_path / LISTED)
     assert set(listed["uid"]) == set(real.uid) - set(short.uid)
     assert set(listed["outcome"]) == {"dropped"} and set(listed["manifest"]) == {str(shipped.folder)}
     assert f"{listed.height} dropped as too long" in repr(short)
-    assert real.write_too_long(tmp_path / "none") is None
+    assert real.write_left_out(tmp_path / "none") is None
 
 
 def test_truncation_by_hand():

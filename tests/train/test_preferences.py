@@ -1,0 +1,294 @@
+"""PBL, DPO and COPR: real ranked answers, the starter as the policy, whole runs through the real trainer."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import ROOT, same, weights
+
+from curate.build import build
+from curate.errors import InputError
+from curate.manifest import read
+from train.buffers import chosen, read_buffer
+from train.config import CoprConfig, DpoConfig, PblConfig, load
+from train.losses.copr import advantages, draw_scale
+from train.methods.answers import Grid, ordered
+from train.methods.copr import Copr
+from train.models import end_tokens, open_model, open_tokenizer
+from train.preferences import collator, fill, fits, measure, read_sets, read_stage
+from train.run import run
+from train.trainer import checkpoints
+
+STARTER = ROOT / "examples/starter"
+CONFIGS = {"pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig}
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Twelve questions with four answers ranked by people, and rollouts of the starter with similarities."""
+    folder = tmp_path_factory.mktemp("ranked")
+    import gzip
+
+    with gzip.open(ROOT / "examples/ranked/qa_feedback.jsonl.gz", "rt") as file:
+        rows = [line for line in file if json.loads(line)["split"] == "train"][:12]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    task = {"name": "qa", "path": str(folder / "rows.jsonl"), "format": "ranked", "ranked_by": "human",
+            "columns": {"prompt": "question", "output": "gold"}}  # fmt: skip
+    build({"tasks": [task], "replay": {"selector": "none"}, "policy": {"model": str(STARTER)},
+           "rollouts": {"k": 3, "max_new_tokens": 12, "reward": {"kind": "rouge_l"}},
+           "candidates": {"similarity": True, "threshold": 0.5}, "out": str(folder / "data")})  # fmt: skip
+    return folder
+
+
+def settings(ranked, out, *words):
+    return [f"model={STARTER}", f"data={ranked / 'data'}", f"out={out}", "max_steps=3", "per_device_train_batch_size=4",
+            "learning_rate=0.0005", "logging_steps=1", "save_steps=1", "save_total_limit=9", "too_long=drop",
+            "lr_scheduler_type=constant", *words]  # fmt: skip
+
+
+def trained(name, ranked, out, *words):
+    run(name, *load(CONFIGS[name], None, settings(ranked, out, *words)), quiet=True)
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def sets_of(name, ranked, *words):
+    config, _ = load(CONFIGS[name], None, settings(ranked, "x", *words))
+    tokenizer = open_tokenizer(config)
+    return config, read_sets(name, config, config.data, tokenizer, end_tokens(config, tokenizer), 1024)
+
+
+# --- sets ---
+
+
+def test_sets_are_the_ranked_answers_of_people_with_the_stored_log_probabilities(ranked):
+    _, sets = sets_of("copr", ranked)
+    manifest = read(ranked / "data")
+    human = manifest.completions.filter(origin="human")
+    assert len(sets) == human["prompt_uid"].n_unique() == 12
+    assert sorted(sets.uid) == sorted(human["uid"])
+    stored = {row["uid"]: row for row in human.iter_rows(named=True)}
+    for k, uid in enumerate(sets.uid):
+        assert sets.rank[k] == stored[uid]["rank"]
+        assert sets.tokens[k].tolist() == stored[uid]["token_ids"]
+        assert sets.logps[k] == pytest.approx(sum(stored[uid]["token_logps"]))
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_the_model_measures_what_the_manifest_has(ranked, layout):
+    # curate scored the answers one a row; here they share their prompt's row
+    config, sets = sets_of("copr", ranked, f"layout={layout}")
+    model = open_model(config)
+    found = measure(model, sets, collator(config, model, 0, gold=False), batch_size=3)
+    np.testing.assert_allclose(found, sets.logps, rtol=1e-4)
+
+
+def test_log_probabilities_of_another_policy_are_refused_or_measured(ranked, tmp_path):
+    shutil.copytree(STARTER, tmp_path / "other")
+    (tmp_path / "other/generation_config.json").write_text("{}")  # another hash
+    with pytest.raises(InputError, match="measured under another"):
+        sets_of("copr", ranked, f"model={tmp_path / 'other'}")
+    config, sets = sets_of("copr", ranked, f"model={tmp_path / 'other'}", "reference=measure")
+    model, stored = open_model(config), sets.logps.copy()
+    fill(config, sets, model, collator(config, model, 0, gold=False), 4, seed=0)
+    np.testing.assert_allclose(sets.logps, stored, rtol=1e-4)
+    config, sets = sets_of("copr", ranked)
+    sets.logps[5] = -math.inf
+    with pytest.raises(InputError, match=f"1 of {len(sets.logps)} answers is missing or infinite.*{sets.uid[5]}"):
+        fill(config, sets, model, None, 4, seed=0)
+
+
+def test_answers_that_cannot_be_used_are_listed(ranked):
+    manifest = read(ranked / "data")
+    human = manifest.completions.filter(origin="human").sort("prompt_uid", "uid")
+    prompts = human["prompt_uid"].unique(maintain_order=True).to_list()
+    first = human.filter(prompt_uid=prompts[0])
+    twin = first.row(0, named=True)
+    changed = pl.concat([
+        human.filter(~pl.col("prompt_uid").is_in(prompts[:3])),
+        # a twin of the first answer with a worse rank; one answer alone; one of no tokens
+        first, pl.DataFrame([{**twin, "uid": "0" * 32, "rank": 9}], schema=human.schema),
+        human.filter(prompt_uid=prompts[1]).head(1),
+        human.filter(prompt_uid=prompts[2]).with_columns(
+            token_ids=pl.when(pl.int_range(pl.len()) == 0).then(pl.lit([], pl.List(pl.Int32))).otherwise("token_ids")),
+    ])  # fmt: skip
+    from dataclasses import replace as with_
+
+    from train.sets import Sets
+
+    tokenizer = open_tokenizer(load(CoprConfig, None, settings(ranked, "x"))[0])
+    sets = Sets.of(with_(manifest, completions=changed), tokenizer, kind="ranked", ends={1})
+    why = {(row["prompt_uid"], row["reason"].split(" of ")[0] if "0 tokens" not in row["reason"] else "0 tokens")
+           for row in sets.left_out.iter_rows(named=True)}  # fmt: skip
+    assert (prompts[2], "0 tokens") in why
+    assert any(p == prompts[0] and "the same tokens as answer" in r for p, r in why)
+    assert any(p == prompts[1] and "nothing to compare" in r for p, r in why)
+    assert len(sets) == 11 and prompts[1] not in list(sets.rows.uid)
+    kept = list(sets.rows.uid).index(prompts[0])
+    assert len(sets.answers(kept)) == first.height
+
+
+def test_a_grid_by_hand():
+    batch = {"prompt": torch.tensor([0, 0, 1, 1, 1, 3]), "row": torch.zeros(4)}
+    grid = Grid.of(batch, torch.tensor([True, True, True, False, True, True]))
+    assert grid(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [[1, 2], [3, 4], [0, 0], [5, 0]]
+    assert grid.mask.tolist() == [[True, True], [True, True], [False, False], [True, False]]
+
+
+def test_ordered_pairs_by_hand():
+    # ranks 1, 2, 2: two pairs of unlike rank; the best is likelier than one of the two
+    right, all_ = ordered(
+        torch.tensor([[-2.0, -1.0, -3.0]]), torch.tensor([[1, 2, 2]]), torch.ones(1, 3, dtype=torch.bool)
+    )
+    assert (right.item(), all_.item()) == (1, 2)
+
+
+# --- methods ---
+
+
+def test_dpo_begins_at_ln_2_and_learns(ranked, tmp_path):
+    lines = trained("dpo", ranked, tmp_path / "out", "kl.weight=0.01")
+    first, last = lines[0], lines[-2]
+    assert first["preference"] == pytest.approx(math.log(2), abs=1e-5)  # π_θ = π_ref
+    assert abs(first["kl"]) < 1e-6
+    assert last["accuracy_of_change"] > 0.5
+
+
+def test_ipo_begins_at_its_closed_form(ranked, tmp_path):
+    # (0 − 1/(2β))² = 25 at β = 0.1
+    first, *_ = trained("dpo", ranked, tmp_path / "out", "loss=ipo", "max_steps=1")
+    assert first["preference"] == pytest.approx(25, rel=1e-4)
+
+
+def test_pbl_begins_at_its_closed_form(ranked, tmp_path):
+    # ρ = 0: nothing from the agreeing answers, (2/b) ln 2 from each conflicting one
+    first, *_ = trained("pbl", ranked, tmp_path / "out", "max_steps=1", "threshold=1.0", "b=2", "beta=3",
+                        "per_device_train_batch_size=12")  # fmt: skip
+    manifest = read(ranked / "data")
+    n = manifest.completions.filter(pl.col("similarity").is_not_null(), origin="policy").height
+    _, sets = sets_of("pbl", ranked)
+    assert n >= len(sets.tokens) > 12
+    assert first["bias"] == pytest.approx(3 * (2 / 2) * math.log(2) * len(sets.tokens) / 12, rel=1e-4)
+    assert abs(first["rho_conflict"]) < 1e-4 and first["nll"] > 0
+
+
+def test_copr_begins_at_its_closed_form_and_leaves_a_buffer(ranked, tmp_path):
+    lines = trained("copr", ranked, tmp_path / "out", "beta=0.5", "per_device_train_batch_size=12", "keep=0.25")
+    config, sets = sets_of("copr", ranked, "beta=0.5")
+    closed = []
+    for row in range(len(sets)):
+        at = slice(int(sets.bounds[row]), int(sets.bounds[row + 1]))
+        ref = torch.from_numpy(sets.logps[at]).log_softmax(0)
+        r = torch.tensor([draw_scale(sets.rows.uid[row], len(ref), 42)], dtype=torch.float64)
+        a = advantages(torch.from_numpy(sets.rank[at].astype(np.int64))[None], r)[0] / 0.5
+        closed.append((a - torch.logsumexp(ref + a, 0)).square().mean().item())  # log P_ref − log P*
+    assert lines[0]["fit"] == pytest.approx(np.mean(closed), rel=1e-3)
+    assert lines[2]["fit"] < lines[0]["fit"]
+    facts = json.loads((tmp_path / "out/buffer/buffer.json").read_text())
+    assert facts["task"] == "qa" and facts["beta"] == 0.5
+    buffer = read(tmp_path / "out/buffer")
+    assert buffer.samples.height == 3, "a quarter of twelve prompts"
+    tokenizer = open_tokenizer(config)
+    task, kept = read_buffer(tmp_path / "out/buffer", tokenizer, 0.5, "sum", ends={1})
+    assert task == "qa" and len(kept) == 3
+    for row in range(3):
+        at = slice(int(kept.bounds[row]), int(kept.bounds[row + 1]))
+        assert np.exp(kept.target[at]).sum() == pytest.approx(1)
+    for words, match in (((0.4, "sum"), "beta 0.5, this run has 0.4"), ((0.5, "mean"), "reduction")):
+        with pytest.raises(InputError, match=match):
+            read_buffer(tmp_path / "out/buffer", tokenizer, *words, ends={1})
+    with pytest.raises(InputError, match="not a buffer"):
+        read_buffer(tmp_path / "out", tokenizer, 0.5, "sum", ends={1})
+
+
+@pytest.fixture(scope="module")
+def first_stage(ranked, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stage") / "one"
+    trained("copr", ranked, out, "keep=0.5", "beta=0.5")
+    return out
+
+
+def second(ranked, out, first_stage, *words):
+    return trained("copr", ranked, out, f"model={first_stage / 'model'}", "reference=measure", "beta=0.5",
+                   f"buffers=[{first_stage / 'buffer'}]", "mixture={current: 0.5, replay: 0.5}", *words)  # fmt: skip
+
+
+def test_a_constraint_begins_satisfied_and_moves_its_lambda(ranked, first_stage, tmp_path):
+    lines = [
+        e
+        for e in second(ranked, tmp_path / "out", first_stage, "rate=1", "per_device_train_batch_size=8")
+        if "loss" in e
+    ]
+    config, _ = load(CoprConfig, None, settings(
+        ranked, "x", f"model={first_stage / 'model'}", "reference=measure", "beta=0.5",
+        f"buffers=[{first_stage / 'buffer'}]"))  # fmt: skip
+    tokenizer = open_tokenizer(config)
+    stage = read_stage("copr", config, tokenizer, end_tokens(config, tokenizer), 1024)
+    assert stage.tasks == ["qa"] and (stage.sets.source == 1).sum() == 6
+    model = open_model(config)
+    logps = measure(model, stage.sets, collator(config, model, 0, gold=False), 4)
+    of_buffer = stage.sets.source == 1
+    d = fits(stage.sets, logps, np.where(np.isnan(stage.sets.target), 0, stage.sets.target), "mse")[of_buffer].mean()
+    state = load_file(tmp_path / "out/checkpoint-1/method.safetensors")
+    assert state["d"].item() == pytest.approx(d, rel=1e-3)
+    assert lines[0]["lambda/qa"] == 1.0
+    sigma = 0.0
+    for k, line in enumerate(lines, 1):  # ln λ ← ln λ + lr · λ · J^C
+        sigma = min(5.0, max(-5.0, sigma + 1.0 * math.exp(sigma) * line["constraint/qa"]))
+        state = load_file(tmp_path / f"out/checkpoint-{k}/method.safetensors")
+        assert state["log_lambda"].item() == pytest.approx(sigma, abs=1e-4)
+
+
+def test_the_dual_resumes_bit_for_bit(ranked, first_stage, tmp_path):
+    second(ranked, tmp_path / "whole", first_stage, "rate=1")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for late in checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(late)
+    shutil.rmtree(tmp_path / "again/model")
+    second(ranked, tmp_path / "again", first_stage, "rate=1")
+    assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "again/model"))
+    a, b = (load_file(tmp_path / f"{n}/checkpoint-3/method.safetensors") for n in ("whole", "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a["log_lambda"].item() != 0
+
+
+def test_violated_grows_satisfied_shrinks_and_steps_without_rows_leave_lambda_alone():
+    def stepped(met, seen):
+        method = Copr(tasks=["a"], d=torch.zeros(1), log_lambda=torch.zeros(1), rate=0.5)
+        method._met, method._seen = torch.tensor([met]), torch.tensor([seen])
+        method.after_step(lambda value: 2 * value)  # two processes that met the same
+        return method.log_lambda.item()
+
+    assert stepped(0.1, True) == pytest.approx(0.5 * 0.2)
+    assert stepped(-0.1, True) == pytest.approx(-0.1)
+    assert stepped(0.1, False) == 0
+
+
+def test_the_buffer_is_drawn_by_seed_and_uid_alone():
+    uids = [f"{i:032x}" for i in range(40)]
+    picked = {uids[i] for i in chosen(uids, 0.25, 3)}
+    assert len(picked) == 10
+    turned = uids[::-1]
+    assert {turned[i] for i in chosen(turned, 0.25, 3)} == picked
+    assert {uids[i] for i in chosen(uids, 0.25, 4)} != picked
+    assert len(chosen(uids, 0.001, 0)) == 1 and chosen(uids, 0, 0) == []
+
+
+@pytest.mark.parametrize(("name", "words", "match"), [
+    ("copr", ["packing=true"], "`layout` decides"), ("dpo", ["too_long=truncate"], "too_long"),
+    ("dpo", ["max_length=60", "too_long=error"], "do not fit into 60 tokens beside their prompt"),
+    ("copr", ["buffers=[nowhere]"], "not a buffer"),
+])  # fmt: skip
+def test_bad_settings(ranked, tmp_path, name, words, match):
+    with pytest.raises(ValueError, match=match):
+        trained(name, ranked, tmp_path / "out", *words)
+
+
+def test_a_manifest_without_sets_is_told(place, tmp_path):
+    for name, match in (("copr", "no prompt has two ranked answers"), ("pbl", "no answer has a similarity")):
+        words = [f"model={STARTER}", f"data={place / 'data'}", f"out={tmp_path / 'o'}"]
+        with pytest.raises(InputError, match=match):
+            run(name, *load(CONFIGS[name], None, words), quiet=True)
