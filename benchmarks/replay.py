@@ -51,8 +51,9 @@ def main() -> None:
                 words = [f"model={args.model}", f"data={args.manifest}", f"eval_data={measured}", f"out={out}",
                          f"mixture={mixture}", f"seed={seed}", f"num_train_epochs={args.epochs}",
                          f"learning_rate={args.rate}", "per_device_train_batch_size=16", "lr_scheduler_type=linear",
-                         "logging_steps=2", "eval_strategy=epoch", "eval_on_start=true", "save_strategy=no",
-                         "max_length=512", "too_long=drop", "per_device_eval_batch_size=16"]  # fmt: skip
+                         "logging_steps=2", "eval_strategy=steps", "eval_steps=0.999", "eval_on_start=true",
+                         "save_strategy=no", "max_length=512", "too_long=drop",
+                         "per_device_eval_batch_size=16"]  # fmt: skip
                 run("cft", *load(CftConfig, None, words), quiet=True)
                 lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
                 losses = [line["loss"] for line in lines if "loss" in line]

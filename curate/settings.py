@@ -52,6 +52,21 @@ def read_settings(
     return checked(model, {**data, "base": str(Path(path).parent)}, where=str(path))
 
 
+class _Once(yaml.SafeLoader):
+    """The safe loader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys stand once."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value!r} stands twice, in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_yaml(path: str | Path, start: str = "") -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
@@ -60,7 +75,7 @@ def read_yaml(path: str | Path, start: str = "") -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", remedy=start) from None
     except IsADirectoryError:

@@ -8,6 +8,7 @@ names. LoRA's keys are those of peft.LoraConfig.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -237,15 +238,44 @@ def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, A
     return {key: value for key, value in data.items() if key not in theirs}, theirs
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, 1e6), "per_device_eval_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6), "num_train_epochs": (1e-9, 1e5), "max_steps": (-1, 1e9),
+    "learning_rate": (0, 1e30), "weight_decay": (0, 1e30), "max_grad_norm": (0, 1e30), "seed": (0, 2**32 - 1),
+    "save_total_limit": (1, 1e9), "save_steps": (1e-9, 1e9), "logging_steps": (1e-9, 1e9), "eval_steps": (1e-9, 1e9),
+    "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_epsilon": (0, 1), "warmup_steps": (0, 1e9),
+    "dataloader_num_workers": (0, 1e4),
+}  # fmt: skip
+"""Least and most of some keys of TrainingArguments, which does not look."""
+
+
 def _meant(key: str, value: Any, kind: str) -> Any:
-    """YAML reads 1e-5 as a text and `no` as false; TrainingArguments wants a number, and `save_strategy: no`."""
+    """A value as TrainingArguments wants it: YAML reads 1e-5 as a text and `no` as false.
+
+    Raises:
+        InputError: of another type, not finite, or out of range.
+    """
     if value is False and key.endswith("_strategy"):
         return "no"
-    if isinstance(value, str) and "float" in kind:
+    plain = kind.replace("<class '", "").replace("'>", "")
+    types = {part.strip() for part in plain.split("|")}
+    if value is None and ("None" in types or types - {"int", "float", "bool"}):
+        return None
+    if types <= {"int", "float", "None"}:
         try:
-            return float(value)
+            number = float(value) if isinstance(value, str) else value
         except ValueError:
-            return value
+            number = value
+        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+            raise InputError(f"{key}: {value!r} is no number", remedy=f"{key} takes {' or '.join(sorted(types))}")
+        if "float" not in types and number != int(number):
+            raise InputError(f"{key}: {value!r} is no whole number")
+        low, high = RANGES.get(key, (-math.inf, math.inf))
+        if not low <= number <= high:
+            raise InputError(f"{key}: {value!r} is not between {low:g} and {high:g}")
+        return number if "float" in types else int(number)
+    if types == {"bool"} and not isinstance(value, bool):
+        raise InputError(f"{key}: {value!r} is neither true nor false")
     return value
 
 

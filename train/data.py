@@ -115,6 +115,7 @@ class Examples:
         first = np.maximum(store.answer_at, 1) if loss_on == "answer" else np.ones(len(store.kept), np.int32)
         rows = rows[store.kept]
         _check_targets(rows, first, store.lengths)
+        _check_weights(rows)
         task, task_names = _codes(rows["task"])
         origin, origin_names = _codes(rows["origin"])
         return cls(
@@ -369,6 +370,19 @@ def _too_long_error(listed: pl.DataFrame, n: int) -> InputError:
         remedy=f"max_length={length} if the model's context allows it; too_long: truncate (cuts the start of the "
         "prompt) or too_long: drop (leaves such rows out and lists them)",
     )
+
+
+def _check_weights(rows: pl.DataFrame) -> None:
+    """Weights that float32 holds, and not all of them nothing."""
+    held = rows["weight"].cast(pl.Float32, strict=False)
+    bad = rows.filter(held.is_null() | ~held.is_finite())
+    if bad.height:
+        row = bad.row(0, named=True)
+        raise InputError(f"{row['manifest']}: column 'weight' of uid {row['uid']} (task {row['task']!r}) is "
+                         f"{row['weight']}, which float32 does not hold", remedy="use weights of about 1")  # fmt: skip
+    if rows.height and held.sum() == 0:
+        raise InputError(f"{rows['manifest'][0]}: all weights are 0 (column 'weight'): there is nothing to learn",
+                         remedy="use weights of about 1")  # fmt: skip
 
 
 def _check_targets(rows: pl.DataFrame, first: NDArray[Any], lengths: NDArray[np.int64]) -> None:

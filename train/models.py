@@ -22,6 +22,7 @@ from train.config import OLoraConfig, RunConfig
 from train.methods.cft import Fisher, plain_name
 
 ADAPTER = "adapter_model.safetensors"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else it asks, and runs at a "y"
 HOLDS = "holds"  # metadata of it: hashes of older adapters' files that are part of this one
 
 
@@ -36,7 +37,7 @@ def open_tokenizer(config: RunConfig) -> Any:
         folder, _ = model_folder(name, Path(config.base), "tokenizer" if config.tokenizer else "model")
     folder = tokenizer_folder(folder, "model")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except Exception as error:  # whatever a broken file raises, the tokenizer cannot be used
         raise InputError(f"tokenizer {name!r} cannot be loaded: {str(error)[:500]}") from None
 
@@ -51,7 +52,7 @@ def end_tokens(config: RunConfig, tokenizer: Any) -> set[int]:
         whole = stack(folder, "model")[0]
         for kind in (AutoConfig, GenerationConfig):
             try:
-                named = kind.from_pretrained(whole, local_files_only=True).eos_token_id
+                named = kind.from_pretrained(whole, **LOCAL).eos_token_id
             except (OSError, ValueError, AttributeError):  # no such file, or a config that open_model will tell of
                 continue
             found += named if isinstance(named, list) else [named]
@@ -86,6 +87,18 @@ def open_model(config: RunConfig, name: str | None = None, where: str = "model")
         raise
     except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
         raise InputError(f"{where} {name or config.init!r} cannot be loaded: {str(error)[:500]}") from None
+
+
+def check_vocabulary(model: Any, tokenizer: Any, where: str) -> None:
+    """Whether the model has an embedding for every token.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    have, need = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if need > have:
+        raise InputError(f"{where}: the tokenizer has {need:,} tokens, the model embeddings for {have:,}",
+                         remedy="name the tokenizer that belongs to this model")  # fmt: skip
 
 
 def with_adapter(model: Any, config: RunConfig, old: OLoraConfig | None = None) -> tuple[Any, dict[str, list[Tensor]]]:
@@ -263,7 +276,7 @@ def context_of(config: RunConfig) -> int | None:
             settings: Any = AutoConfig.for_model(**json.loads(config.path(str(config.init)).read_bytes()))
         else:
             folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
-            settings = AutoConfig.from_pretrained(stack(folder, "model")[0], local_files_only=True)
+            settings = AutoConfig.from_pretrained(stack(folder, "model")[0], **LOCAL)
     except InputError:
         raise
     except Exception as error:  # whatever a broken file raises, the model cannot be used
@@ -274,11 +287,25 @@ def context_of(config: RunConfig) -> int | None:
     return None if found is None else int(found)
 
 
+def read_fishers(folders: list[Path], model: Any = None) -> list[Fisher]:
+    """`read_fisher` of each folder.
+
+    Raises:
+        InputError: as `read_fisher`; a folder is named twice, and would hold the weights twice as much.
+    """
+    known: dict[Path, Path] = {}
+    for folder in folders:
+        if (real := folder.resolve()) in known:
+            raise InputError(f"ewc.fisher: {known[real]} and {folder} are the same folder", remedy="name it once")
+        known[real] = folder
+    return [read_fisher(folder, model) for folder in folders]
+
+
 def read_fisher(folder: Path, model: Any = None) -> Fisher:
     """What `train fisher` wrote; with a model, that it is of this one.
 
     Raises:
-        InputError: no Fisher folder, or one of other parameters than those that are trained.
+        InputError: no Fisher folder, one that is not finite, or of other parameters than those that are trained.
     """
     from safetensors.torch import load_file
 
@@ -287,6 +314,10 @@ def read_fisher(folder: Path, model: Any = None) -> Fisher:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"ewc.fisher {folder}: not a Fisher folder: {error}",
                          remedy="`train fisher model=CHECKPOINT data=RUN out=FOLDER` writes one") from None  # fmt: skip
+    for kind, tensors in (("fisher", found.fisher), ("anchor", found.anchor)):
+        if bad := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+            raise InputError(f"ewc.fisher {folder}: {kind}.safetensors: {bad!r} holds NaN or infinity",
+                             remedy="estimate it again with `train fisher`")  # fmt: skip
     if model is not None:
         mine = {plain_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
         for kind, tensors in (("fisher", found.fisher), ("anchor", found.anchor)):

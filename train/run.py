@@ -38,10 +38,12 @@ from train.config import (
     RunConfig,
 )  # fmt: skip
 from train.data import Examples
+from train.folder import FACTS, MODEL, RUN, alone, clear, refuse_foreign, resumable, whole
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
 from train.mixing import Mixture
 from train.models import (
+    check_vocabulary,
     context_of,
     end_tokens,
     join_adapters,
@@ -54,13 +56,12 @@ from train.packing import Collator, Items, Packing
 from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
 from train.screen import Progress
 from train.sets import SetItems
-from train.trainer import MARK, RehearseTrainer, check_identity, checkpoints, whole
+from train.trainer import RehearseTrainer
 
 CONFIGS: dict[str, type[RunConfig]] = {
     "cft": CftConfig, "cpt": CptConfig, "pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
-MODEL = "model"
 HOUSEKEEPING = (
     "save_dtype",
     "merge",
@@ -90,7 +91,16 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
         InputError: something cannot be used; found before the first step wherever it can be.
     """
     out = Path(config.out)
+    refuse_foreign(out, RUN, _read(config))
     arguments = _arguments(config, theirs)
+    if arguments.process_index:  # the first process alone owns the folder
+        return _run(name, config, theirs, arguments, quiet)
+    with alone(out):
+        return _run(name, config, theirs, arguments, quiet)
+
+
+def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any, quiet: bool) -> Path:
+    out = Path(config.out)
     tokenizer, context = open_tokenizer(config), context_of(config)
     stage = _stage(name, config, tokenizer, context)
     items, epochs = _items(name, config, stage, context, arguments)
@@ -98,16 +108,17 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     facts = _facts(name, config, theirs, arguments)
     decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
     identity = {"method": name, "settings": content_hash([decides, facts["data"], facts["inputs"]])}
-    last = _refuse_other(out, identity, config.resume)
+    last, damaged = resumable(out, identity) if config.resume else (None, [])
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
+    check_vocabulary(model, tokenizer, "model")
     flash = items.packing is not None and "flash" in str(getattr(model.config, "_attn_implementation", ""))
     if items.packing is not None and not keeps_samples_apart(model.eval(), rows=1 if flash else 2):
         raise InputError(
             f"{config.model or config.init}: this architecture lets the samples of a packed row see each other",
             remedy="set packing=false" if name != "cpt" else "continued pre-training needs packed rows: another model",
         )
-    model, reference, old = _adapted(config, model, arguments.device)
+    model, reference, old = _adapted(config, model, tokenizer, arguments.device)
     pad = tokenizer.pad_token_id or 0
     collate: Any = Collator(pad, one_row=flash)
     if isinstance(config, AnswersConfig):
@@ -119,16 +130,31 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
         method = method_of(config, stage, model, reference, collate, arguments.eval_batch_size)
     else:
         method = _method(config, model, reference, old)
+    screen = Progress(out, epochs, quiet)
+    try:
+        trainer = RehearseTrainer(
+            method=method, identity=identity, model=model, args=arguments, train_dataset=items,
+            eval_dataset=evaluated, processing_class=tokenizer, callbacks=[screen], data_collator=collate,
+        )  # fmt: skip
+        trainer.try_out()
+    except (ValueError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"training arguments: {str(error)[:500]}") from None
     if arguments.process_index == 0:
-        _claim(out, facts | {"identity": identity}, config.resume)
-        stage.write_left_out(out)
-        lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
-                      arguments.world_size)  # fmt: skip
-    trainer = RehearseTrainer(
-        method=method, identity=identity, model=model, args=arguments, train_dataset=items,
-        eval_dataset=evaluated, processing_class=tokenizer, callbacks=[Progress(out, epochs, quiet)],
-        data_collator=collate,
-    )  # fmt: skip
+        for each in damaged if not quiet else ():
+            screen.console.print(
+                f"{each}: left aside; going on from {last.name if last else 'the start'}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        with whole(out / f".{FACTS}", "the same command begins again"):
+            if not config.resume:
+                clear(out)
+            _write_facts(out, facts | {"identity": identity})
+            stage.write_left_out(out)
+            lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
+                          arguments.world_size)  # fmt: skip
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -136,6 +162,15 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
     return model_folder
+
+
+def _read(config: RunConfig) -> list[Path]:
+    """Everything that a run reads."""
+    kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
+    names = [config.model, config.init, config.tokenizer, *config.data, *config.eval_data, kl and kl.reference,
+             *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
+             *getattr(config, "buffers", ())]  # fmt: skip
+    return [config.path(name) for name in names if name]
 
 
 # --- data ---
@@ -216,7 +251,9 @@ def _evaluated(name: str, config: RunConfig, tokenizer: Any, context: int | None
 # --- model and method ---
 
 
-def _adapted(config: RunConfig, model: Any, device: torch.device) -> tuple[Any, Any, dict[str, list[Tensor]]]:
+def _adapted(
+    config: RunConfig, model: Any, tokenizer: Any, device: torch.device
+) -> tuple[Any, Any, dict[str, list[Tensor]]]:
     """(the model with its adapter, π_ref where a KL term asks for one, frozen A matrices of older adapters)."""
     reference: Any = None
     kl: KlConfig | None = getattr(config, "kl", None)
@@ -224,6 +261,10 @@ def _adapted(config: RunConfig, model: Any, device: torch.device) -> tuple[Any, 
     if kl is not None and wanted and (kl.reference is not None or config.lora is None):
         named = kl.reference  # else the model before training, random weights or not
         reference = deepcopy(model) if named is None else open_model(config, named, "kl.reference")
+        check_vocabulary(reference, tokenizer, "kl.reference")
+        if reference.config.vocab_size != model.config.vocab_size:
+            raise InputError(f"kl.reference: {reference.config.vocab_size:,} tokens, the model has "
+                             f"{model.config.vocab_size:,}: there is no KL between them")  # fmt: skip
         reference = reference.to(device).eval().requires_grad_(False)  # whole in each process
     old: dict[str, list[Tensor]] = {}
     if config.lora is not None:
@@ -254,12 +295,17 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
             **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
                "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True,
                "ddp_find_unused_parameters": False, "bf16": half,
+               "use_cache": True,  # goes into the saved config; no pass of ours makes a cache
                "use_cpu": not torch.accelerator.is_available(), **theirs},
             output_dir=config.out, remove_unused_columns=False, average_tokens_across_devices=True,
             label_names=["loss_mask"],
         )  # fmt: skip
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(f"training arguments: {str(error)[:500]}") from None
+    best = arguments.metric_for_best_model
+    if arguments.load_best_model_at_end and not str(best or "loss").removeprefix("eval_").startswith("loss"):
+        raise InputError(f"metric_for_best_model: {best!r} is not measured",
+                         remedy="name eval_loss, or the loss of a task: eval_loss_task/NAME")  # fmt: skip
     if arguments.n_gpu > 1:
         raise InputError(f"one process sees {arguments.n_gpu} GPUs: rows would reach them in an unplanned order",
                          remedy="start one process a GPU, as in `accelerate launch -m train.cli cft …`, or set "
@@ -288,7 +334,8 @@ def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: A
     return {
         "method": name,
         "settings": {key: value for key, value in config.model_dump().items() if key not in kept},
-        "training": {**theirs, "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
+        "training": {**{key: "…" if _secret(key) else value for key, value in theirs.items()},
+                     "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
                      "max_steps": arguments.max_steps, **_processes(arguments)},
         "data": data,
         "inputs": _inputs(config),
@@ -297,13 +344,15 @@ def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: A
     }  # fmt: skip
 
 
+def _secret(key: str) -> bool:
+    """A key whose value must not be written down: hub_token, push_to_hub_token, …"""
+    return key.endswith("_token") or any(part in key for part in ("secret", "password", "api_key"))
+
+
 def _inputs(config: RunConfig) -> dict[str, str]:
     """Hashes of the weights that a run begins with or is held by, by folder; a hub model is named in `settings`."""
-    kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
-    names = [config.model, kl and kl.reference, *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
-             *getattr(config, "buffers", ())]  # fmt: skip
-    folders = {name: config.path(name) for name in names if name}
-    return {name: weights_hash(folder) for name, folder in folders.items() if folder.is_dir()}
+    data = {config.path(name) for name in (*config.data, *config.eval_data)}
+    return {str(folder): weights_hash(folder) for folder in _read(config) if folder.is_dir() and folder not in data}
 
 
 def _processes(arguments: Any) -> dict[str, Any]:
@@ -323,33 +372,11 @@ def _git() -> dict[str, Any] | None:
     return {"commit": head.stdout.strip(), "changes": bool(dirty.stdout.strip())}
 
 
-def _refuse_other(out: Path, identity: Mapping[str, Any], resume: bool) -> Path | None:
-    """The checkpoint that the run goes on from, if any.
-
-    Raises:
-        InputError: the folder holds something else, or a run of another method, other data or other settings.
-    """
-    if out.is_dir() and any(out.iterdir()) and not (out / "run.json").is_file():
-        raise InputError(f"out {out}: the folder holds other files than a run", remedy="choose a new folder")
-    if not resume or not out.is_dir():
-        return None
-    last = checkpoints(out)[-1] if checkpoints(out) else None
-    if last is not None:
-        check_identity(last, json.loads((last / MARK).read_bytes()), identity)
-    elif (out / MODEL).is_dir():
-        check_identity(out, json.loads((out / "run.json").read_bytes()).get("identity", {}), identity)
-    return last
-
-
-def _claim(out: Path, facts: Mapping[str, Any], resume: bool) -> None:
-    """The run folder is ours now."""
-    if not resume and out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+def _write_facts(out: Path, facts: Mapping[str, Any]) -> None:
     text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"
-    temporary = out / ".run.json"
+    temporary = out / f".{FACTS}"
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out / "run.json")
+    os.replace(temporary, out / FACTS)
 
 
 def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Progress(TrainerCallback):
         if "epoch" in line:
             line["epoch"] *= self.epochs  # the library counts the whole run as one
         with (self.out / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
+            file.write(json.dumps({k: _number(v) for k, v in line.items()}, sort_keys=True, allow_nan=False) + "\n")
         if "loss" not in logs:
             return
         words = [f"loss {logs['loss']:.4f}", f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"]
@@ -71,9 +72,14 @@ class Progress(TrainerCallback):
         file = self.out / LOG
         if not file.is_file():
             return
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        entries = [(json.loads(line), line) for line in lines]
-        kept = [line for entry, line in entries if entry["step"] <= step and "train_runtime" not in entry]
+        kept = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["step"] <= step and "train_runtime" not in entry:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # cut by a full disk
+                continue
         temporary = self.out / f".{LOG}"
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, file)
@@ -82,3 +88,8 @@ class Progress(TrainerCallback):
         """The line stays as it is."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def _number(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

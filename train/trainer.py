@@ -11,21 +11,18 @@ torch's distributed ones, whose `.metadata` is a pickle: go on from folders of y
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DynamoBackend  # type: ignore[import-untyped]
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -33,11 +30,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from curate.errors import InputError
 from train.data import Examples
+from train.folder import checkpoints, mark, whole
 from train.methods.base import Method
 from train.models import adapters_kept
 from train.parallel import Whole, compile_layers, shards_on_cpus
 
-MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
 STATE = "method.safetensors"
 Sums = dict[str, list[Tensor]]  # by name: pairs of a sum and how many it is of
 
@@ -61,6 +58,7 @@ class RehearseTrainer(Trainer):
         self.folder = Path(str(self.args.output_dir))
         self.sums: Sums = defaultdict(list)
         self.evaluated: Sums = defaultdict(list)
+        self.met: list[int] = []  # rows of the step so far, of this process
         self.tokens, self.clock = 0, time.monotonic()
         self.whole: Whole | None = None  # the parameters, where the model is sharded
         if self.args.torch_compile:
@@ -78,6 +76,17 @@ class RehearseTrainer(Trainer):
         model, loader = super()._prepare_for_training(*args, **more)
         self.whole = Whole(model) if self.is_fsdp_enabled else None
         return model, loader
+
+    def try_out(self) -> None:
+        """Make the optimizer and its schedule once, so that arguments that they refuse are found before the run.
+
+        Raises:
+            ValueError, TypeError, …: what the library says of them.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they are made of parameters that are not there yet
+        self.create_optimizer_and_scheduler(num_training_steps=self.args.max_steps)
+        self.optimizer = self.lr_scheduler = None
 
     # --- the loss ---
 
@@ -144,19 +153,33 @@ class RehearseTrainer(Trainer):
 
     def _watch(self, loss: Tensor, logged: dict[str, Tensor], batch: Any) -> None:
         """Keep what `log` reports; stop at a loss that is not a number."""
+        self.met += batch["row"].tolist()
         if not bool(torch.isfinite(loss.detach())):
-            uids = self.examples.uids(batch["row"].tolist())
-            raise InputError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}; the batch held "
-                f"{', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
-                remedy="lower learning_rate, or look at these rows with `curate explain`; the last checkpoint is whole",
-            )
+            self._stop(f"the loss is {float(loss.detach())}", batch["row"].tolist())
         _by_group(logged.pop("rows"), batch, self.examples, self.sums)
         for name, value in logged.items():
             self.sums[name].append(
                 value.float() if value.dim() else torch.stack([value.float(), torch.ones_like(value)])
             )
         self.tokens += int((batch["segment"] >= 0).sum())
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The library's; a step that would make every weight not a number is not taken."""
+        norm, rows = super()._get_grad_norm(model, grad_norm), self.met
+        self.met = []
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):  # a scaler skips such steps itself
+            self._stop(f"the norm of the gradient is {float(norm)}", rows)
+        return norm
+
+    def _stop(self, what: str, rows: list[int]) -> NoReturn:
+        uids = self.examples.uids(rows)
+        kept = checkpoints(self.folder)
+        raise InputError(
+            f"step {self.state.global_step + 1}: {what}; the {'step' if len(rows) != 1 else 'row'} held "
+            f"{', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
+            remedy="lower learning_rate, or look at these rows with `curate explain`; "
+            + (f"{kept[-1].name} is whole" if kept else "there is no checkpoint yet"),
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
@@ -209,6 +232,9 @@ class RehearseTrainer(Trainer):
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
         try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed process left of it
+            self.accelerator.wait_for_everyone()
             with whole(folder, "the checkpoint before it is whole, and the same command goes on from there"):
                 folder.mkdir(parents=True, exist_ok=True)  # processes ask whether it is there: is it the best?
                 super()._save_checkpoint(model, trial)
@@ -216,17 +242,16 @@ class RehearseTrainer(Trainer):
                 if self.args.should_save:
                     if state := self.method.state_dict():
                         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
-                    mark = {"step": self.state.global_step, **self.identity}
-                    (folder / MARK).write_text(json.dumps(mark, sort_keys=True), encoding="utf-8")
+                    mark(folder, self.state.global_step, self.identity)
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save and limit:
+        if self.args.should_save and limit is not None and limit > 0:
             self._drop_old(limit)
 
     def _drop_old(self, limit: int) -> None:
         kept = {self.state.best_model_checkpoint}
-        whole = [c for c in checkpoints(self.folder) if str(c) not in kept]
-        for folder in whole[: max(0, len(whole) - limit)]:
+        others = [c for c in checkpoints(self.folder) if str(c) not in kept]
+        for folder in others[: max(0, len(others) - limit)]:
             shutil.rmtree(folder, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -249,48 +274,16 @@ class RehearseTrainer(Trainer):
         with adapters_kept(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The library's, but not of a weight that another one is tied to: it is nowhere saved twice."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if set(load_result.missing_keys) - set(tied) or load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
+
     def take_up(self, checkpoint: Path) -> None:
         """The method's state of a checkpoint."""
         if (checkpoint / STATE).is_file():
             self.method.load_state_dict(load_file(checkpoint / STATE))
-
-
-@contextmanager
-def whole(folder: Path, remedy: str) -> Iterator[None]:
-    """What is written into a folder inside: all of it, or the folder is gone and the error says what to do.
-
-    Raises:
-        InputError: the disk is full, or refuses otherwise.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if isinstance(cause, RuntimeError) and "inline_container" not in str(cause):  # torch.save's way to say so
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(f"{folder}: could not be written: {getattr(cause, 'strerror', None) or cause}",
-                         remedy=f"make room; {remedy}") from None  # fmt: skip
-
-
-def check_identity(folder: Path, mark: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Whether what a folder holds is of this run.
-
-    Raises:
-        InputError: it belongs to another method, other data or other settings.
-    """
-    for key, value in mine.items():
-        if mark.get(key) != value:
-            raise InputError(
-                f"{folder}: of another run: {key} is {mark.get(key)!r}, here {value!r}",
-                remedy="choose another folder with out=FOLDER, or start anew with resume=false",
-            )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run folder, oldest first."""
-    found = [f for f in folder.glob("checkpoint-*") if (f / MARK).is_file() and f.name[11:].isdigit()]
-    return sorted(found, key=lambda f: int(f.name[11:]))
 
 
 def _operations(model: Any) -> float:

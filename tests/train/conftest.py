@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_run import ROOT, STARTER, TINY
+from test_run import ROOT, STARTER, TINY, trained
 
 from curate.build import build
 
@@ -30,3 +30,9 @@ def start(place):
     model.save_pretrained(place / "start")
     AutoTokenizer.from_pretrained(STARTER).save_pretrained(place / "start")
     return place / "start"
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    """Six steps of plain fine-tuning from seeded random weights."""
+    return trained(place, place / "plain")

@@ -20,10 +20,10 @@ from curate.models.weights import load_causal, merged, model_folder, stack, weig
 from train.config import CftConfig, load
 from train.evaluate import EvalConfig, evaluate
 from train.fisher import FisherConfig, fisher
+from train.folder import checkpoints
 from train.logprobs import AdapterOff, token_kl, token_values
 from train.models import open_model, read_fisher, with_adapter
 from train.run import run
-from train.trainer import checkpoints
 
 IDS = torch.tensor([[5, 6, 7, 300, 42, 9]])
 OLD = ("lora={r: 2, lora_alpha: 6, use_rslora: true, target_modules: [q_proj, v_proj]}", "merge=true")

@@ -16,13 +16,13 @@ from curate.errors import InputError
 from curate.manifest import read
 from train.buffers import chosen, read_buffer
 from train.config import CoprConfig, DpoConfig, PblConfig, load
+from train.folder import checkpoints
 from train.losses.copr import advantages, draw_scale
 from train.methods.answers import Grid, ordered
 from train.methods.copr import Copr
 from train.models import end_tokens, open_model, open_tokenizer
 from train.preferences import collator, fill, fits, measure, read_sets, read_stage
 from train.run import run
-from train.trainer import checkpoints
 
 STARTER = ROOT / "examples/starter"
 CONFIGS = {"pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig}

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from curate.errors import InputError
 from train.config import CftConfig, CptConfig, load
 from train.data import Examples
+from train.folder import checkpoints
 from train.lineage import seen
 from train.methods import Cft
 from train.mixing import Mixture
 from train.models import end_tokens, open_tokenizer
 from train.packing import Collator, Items, Packing
 from train.run import run
-from train.trainer import checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
 STARTER = ROOT / "examples/starter"
@@ -56,12 +56,6 @@ def same(a, b):
 
 def close(a, b, tolerance):
     return max(float((a[k] - b[k]).abs().max()) for k in a) <= tolerance
-
-
-@pytest.fixture(scope="module")
-def plain(place):
-    """Six steps of plain fine-tuning from seeded random weights."""
-    return trained(place, place / "plain")
 
 
 # --- what a run leaves behind ---
