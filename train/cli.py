@@ -179,12 +179,19 @@ def lineage(
         from train.lineage import seen
 
         rows = seen(run, step)
-        if as_json:
-            sys.stdout.write(rows.write_ndjson())
+        if as_json:  # in ASCII: names may hold what a terminal obeys
+            for row in rows.iter_rows(named=True):
+                sys.stdout.write(json.dumps(row, separators=(",", ":")) + "\n")
             return
-        width = max(len(task) for task in rows["task"])
-        for uid, task, origin in rows.iter_rows():
+        shown = [[_plain(text) for text in row] for row in rows.iter_rows()]
+        width = max(len(task) for _, task, _ in shown)
+        for uid, task, origin in shown:
             sys.stdout.write(f"{uid}  {task:<{width}}  {origin}\n")
+
+
+def _plain(text: str) -> str:
+    r"""Text of the data for a terminal: control characters and direction marks as \x1b, \u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @app.command(name="metrics")

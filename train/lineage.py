@@ -18,6 +18,7 @@ from curate.errors import InputError
 from train.packing import Ints, Items, step_rows
 
 FILE = "lineage.parquet"
+_AGAIN = "the same command as the run's, into a new folder, writes it again before its first step"
 CHUNK = 200_000  # rows that are held at once, or one step's
 SCHEMA = pa.schema([("step", pa.int32()), ("uid", pa.string()), ("task", pa.string()), ("origin", pa.string())])
 
@@ -58,13 +59,30 @@ def seen(run: str | os.PathLike[str], step: int) -> pl.DataFrame:
         step: counted from 1, as in log.jsonl, `checkpoint-N`, and in the message of a loss that is not a number.
 
     Raises:
-        InputError: no such run, or no such step.
+        InputError: no such run, or no such step; a file that is damaged, or of others.
     """
     path = Path(run) / FILE
     if not path.is_file():
         raise InputError(f"{run}: no {FILE}", remedy="name the folder of a run (its `out`)")
-    rows = pl.scan_parquet(path).filter(pl.col("step") == step).drop("step").collect()
-    if not rows.height:
-        last = pl.scan_parquet(path).select(pl.col("step").max()).collect().item()
-        raise InputError(f"{run}: no step {step}", remedy=f"the run has steps 1 to {last}")
-    return rows
+    try:
+        with pq.ParquetFile(path) as file:  # not polars, which panics on some damaged files
+            if not file.schema_arrow.equals(SCHEMA):
+                raise InputError(f"{path}: not a table of a run's steps: it has the columns "
+                                 f"{', '.join(map(repr, file.schema_arrow.names[:8]))}, not {', '.join(SCHEMA.names)} "
+                                 "of their types", remedy=_AGAIN)  # fmt: skip
+            found: dict[str, list[str]] = {name: [] for name in SCHEMA.names[1:]}
+            last = 0
+            for batch in file.iter_batches():
+                batch.validate(full=True)  # texts that are no UTF-8
+                if any(column.null_count for column in batch.columns):
+                    raise pa.ArrowInvalid("it has empty cells")
+                steps = batch.column("step").to_numpy()
+                last = max(last, int(steps.max(initial=0)))
+                at = pa.array(np.flatnonzero(steps == step))
+                for name in found:
+                    found[name] += batch.column(name).take(at).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a Parquet file that can be read: {str(error)[:300]}", remedy=_AGAIN) from None
+    if not found["uid"]:
+        raise InputError(f"{run}: no step {step}", remedy=f"the run has steps 1 to {last}" if last else "it has none")
+    return pl.DataFrame(found, dict.fromkeys(found, pl.String))
