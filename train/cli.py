@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -196,25 +196,53 @@ def _plain(text: str) -> str:
 
 @app.command(name="metrics")
 def metrics_(
-    matrix: Annotated[Path, typer.Argument(help="CSV of R: T+1 lines of T numbers, line 1 = before training")],
+    matrix: Annotated[
+        Path, typer.Argument(help="CSV of R: T+1 lines of T numbers, line 1 = before training; or eval's matrix.csv")
+    ],
     upper: Annotated[str | None, typer.Option(help="scores of each task trained alone: 0.9,0.8,…")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """AP, backward transfer, forgetting, both forward transfers and relative gain of an R matrix."""
-    try:
-        with matrix.open(newline="", encoding="utf-8") as file:
-            r = [[float(cell) for cell in line] for line in csv.reader(file) if line]
-        best = [float(u) for u in upper.split(",")] if upper is not None else None
-        found = metrics.every(r, best)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {matrix}: {error}\n")
-        raise typer.Exit(1) from None
+    with _errors():
+        from train.evaluate import read_matrix
+
+        r = read_matrix(matrix)
+        found = _measured(r, _uppers(upper, len(r[0]) if r else 0), str(matrix))
     if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(found, allow_nan=False) + "\n")
         return
     for name, value in found.items():
         shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
         sys.stdout.write(f"{_title(name)}{shown}\n")
+
+
+def _uppers(text: str | None, tasks: int) -> list[float] | None:
+    from curate.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        best = [float(word) for word in text.split(",")]
+    except ValueError:
+        best = []
+    if len(best) != tasks or not all(0 < value < math.inf for value in best):
+        raise InputError(f"--upper {text[:80]!r}: not {tasks} positive numbers", remedy="one a task: --upper 0.9,0.8,…")
+    return best
+
+
+def _measured(r: list[list[float]], upper: list[float] | None, where: str) -> dict[str, float | list[float]]:
+    import numpy as np
+
+    from curate.errors import InputError
+
+    try:
+        with np.errstate(all="ignore"):
+            found = metrics.every(r, upper)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    if wrong := next((name for name, value in found.items() if not np.isfinite(value).all()), None):
+        raise InputError(f"{where}: {wrong} is beyond what a number can hold", remedy="give scores of a usual size")
+    return found
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 """`train eval`: checkpoints on the tasks of a manifest, item by item, and the metrics of continual learning from them.
 
-Writes `items.parquet` (one row a checkpoint and item, so that every number can be computed again), `matrix.csv` (R) and
-`metrics.json` with bootstrap intervals. Answers are greedy.
+Writes `items.parquet` (one row a checkpoint and item, so that every number can be computed again), `matrix.csv` (R),
+`matrix.svg`, `left_out.parquet` where rows could not be scored, and last `metrics.json` with bootstrap intervals: a
+folder without it is not finished. Answers are greedy.
+
+In matrix.csv a name that begins with = + - or @ has an apostrophe before it: a spreadsheet would run it as a formula.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +27,20 @@ from curate.errors import InputError
 from curate.manifest import Manifest, read
 from curate.models import LocalModel, ModelConfig, Prompt, Sampling
 from curate.models.reward import OVERLAPS
+from curate.models.weights import stack
 from curate.settings import Section
 from train import metrics
+from train.folder import refuse_foreign, whole
 from train.plots import heat_map
 
 ITEMS: dict[str, Any] = {
     "checkpoint": pl.Int32, "model": pl.String, "uid": pl.String, "task": pl.String, "stage": pl.Int32,
     "prediction": pl.String, "score": pl.Float64, "correct": pl.Boolean,
 }  # fmt: skip
+FILES = ("metrics.json", "matrix.csv", "matrix.svg", "left_out.parquet", "items.parquet")
+LEAST = 1e-9  # of an upper score, which others are divided by
 DRAWS = 1000  # bootstrap samples of an interval
+HEAD = "checkpoint"  # first cell of matrix.csv
 Floats = NDArray[np.float64]
 
 
@@ -55,45 +64,102 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
     """Answer, score, write; returns what metrics.json holds.
 
     Raises:
-        InputError: a model or the manifest cannot be used, or nothing fits the context.
+        InputError: a model, the manifest, `upper` or `out` cannot be used, no row can be scored, nothing fits the
+            context, or the disk is full.
     """
-    rows, out = _rows(read(config.data), config.per_task), Path(config.out)
-    parts = []
+    rows, left_out = _rows(read(config.data), config.per_task)
+    _check_upper(config.upper, rows["task"].unique().sort().to_list(), config.data)
+    models = [_open(number, name, config) for number, name in enumerate(config.models)]
+    out, read_from = Path(config.out), [part for model in models for part in stack(model.folder, model.where)]
+    refuse_foreign(out, [*FILES, *(f".{name}" for name in FILES)], [Path(config.data), *read_from])
+    prompts = [Prompt(row["uid"], row["prompt"], row["tools"]) for row in rows.iter_rows(named=True)]
+    for model, name in zip(models, config.models, strict=True):
+        _check_room(model, name, prompts, config)
+    _make(out)
+    if left_out.height:
+        say(f"{left_out.height:,} rows have nothing to be scored against and are left out: left_out.parquet")
+    parts: list[pl.DataFrame] = []
     for number, name in enumerate(config.models):
-        given = {"model": name, "batch_size": config.batch_size, "device": config.device}
-        settings = ModelConfig.model_validate(given)
-        model = LocalModel(settings, Path(config.base), f"models.{number}")
-        parts.append(_answers(model, number, name, rows, config))
+        parts.append(_answers(models.pop(0), number, name, prompts, rows, config))  # none stays in memory
+        with _staged(out, "items.parquet") as file:  # at once: answers cost the most
+            for old in FILES[:-1] if number == 0 else ():  # metrics.json first: it says that all are there
+                (out / old).unlink(missing_ok=True)
+            pl.concat(parts).write_parquet(file)
         mean = _mean(parts[-1]["score"].to_numpy())
         say(f"{name}: {config.metric} {mean:.4f} over {rows.height:,} items")
     items = pl.concat(parts)
-    found = summary(items, config)
-    out.mkdir(parents=True, exist_ok=True)
-    items.write_parquet(out / ".items.parquet")
-    os.replace(out / ".items.parquet", out / "items.parquet")
+    if left_out.height:
+        with _staged(out, "left_out.parquet") as file:
+            left_out.write_parquet(file)
     tasks, r = matrix(items)
-    with (out / "matrix.csv").open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(["checkpoint", *tasks])
-        lines.writerows([name, *scores] for name, scores in zip(config.models, r.tolist(), strict=True))
-    heat_map(r, config.models, tasks, config.metric, out / "matrix.svg")
-    text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (out / "metrics.json").write_text(text, encoding="utf-8")
+    with _staged(out, "matrix.csv") as file:
+        write_matrix(file, config.models, tasks, r)
+    with _staged(out, "matrix.svg") as file:
+        heat_map(r, config.models, tasks, config.metric, file)
+    found = summary(items, config) | {"left_out": left_out.height}
+    with _staged(out, "metrics.json") as file:
+        text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        file.write_text(text, encoding="utf-8")
     return found
 
 
-def _rows(manifest: Manifest, per_task: int | None) -> pl.DataFrame:
+def _rows(manifest: Manifest, per_task: int | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(rows that are answered, uid, task and reason of those that no answer could be scored on)."""
     rows = manifest.samples.filter(pl.col("prompt").list.len() > 0, pl.col("origin") != "augmented")
-    rows = rows.sort("stage", "uid")
-    if per_task is not None:
-        rows = rows.filter(pl.int_range(pl.len()).over("task") < per_task)
     if not rows.height:
         raise InputError(f"{manifest.folder}: no sample with a prompt to answer")
-    return rows
+    scorable = pl.col("references").list.drop_nulls().list.len().fill_null(0) > 0
+    left_out = (
+        rows.filter(~scorable).sort("stage", "uid").select("uid", "task", pl.lit("no references").alias("reason"))
+    )
+    rows = rows.filter(scorable).sort("stage", "uid")
+    if not rows.height:
+        raise InputError(f"{manifest.folder}: none of {left_out.height:,} samples has references to be scored against",
+                         remedy="build the manifest from sources with references")  # fmt: skip
+    if per_task is not None:
+        rows = rows.filter(pl.int_range(pl.len()).over("task") < per_task)
+    return rows, left_out
 
 
-def _answers(model: LocalModel, number: int, name: str, rows: pl.DataFrame, config: EvalConfig) -> pl.DataFrame:
-    prompts = [Prompt(row["uid"], row["prompt"], row["tools"]) for row in rows.iter_rows(named=True)]
+def _check_upper(upper: Mapping[str, float] | None, tasks: Sequence[str], data: str) -> None:
+    if upper is None:
+        return
+    if unlike := sorted(set(tasks) ^ upper.keys()):
+        what = "is missing" if unlike[0] in tasks else f"is no task that is evaluated of {data}"
+        raise InputError(
+            f"upper: {unlike[0]!r} {what}", remedy=f"give one score for each of {', '.join(map(repr, tasks))}"
+        )
+    if wrong := next((t for t, value in upper.items() if not LEAST <= value < math.inf), None):
+        raise InputError(f"upper: {wrong!r}: {upper[wrong]} is not a positive number",
+                         remedy="give the score that the task reaches when it is trained alone")  # fmt: skip
+
+
+def _open(number: int, name: str, config: EvalConfig) -> LocalModel:
+    given = {"model": name, "batch_size": config.batch_size, "device": config.device}
+    return LocalModel(ModelConfig.model_validate(given), Path(config.base), f"models.{number}")
+
+
+def _make(out: Path) -> None:
+    """The folder, found to be writable before anything is answered."""
+    with whole(out / ".items.parquet", "or choose another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".items.parquet").touch()
+        (out / ".items.parquet").unlink()
+
+
+@contextmanager
+def _staged(out: Path, name: str) -> Iterator[Path]:
+    """Where to write a file, which gets its name when it is whole."""
+    file = out / f".{name}"
+    with whole(file, "items.parquet keeps the answers that it has"):
+        try:
+            yield file
+        except pl.exceptions.PolarsError as error:
+            raise OSError(str(error)) from None
+        os.replace(file, out / name)
+
+
+def _check_room(model: LocalModel, name: str, prompts: list[Prompt], config: EvalConfig) -> None:
     short = [room is not None and room < config.max_new_tokens for room in model.room(prompts)]
     if any(short):
         first = prompts[short.index(True)].uid
@@ -102,6 +168,11 @@ def _answers(model: LocalModel, number: int, name: str, rows: pl.DataFrame, conf
             f"first is uid {first}",
             remedy="lower max_new_tokens, or leave such rows out of the manifest",
         )
+
+
+def _answers(
+    model: LocalModel, number: int, name: str, prompts: list[Prompt], rows: pl.DataFrame, config: EvalConfig
+) -> pl.DataFrame:
     sampling = Sampling(k=1, temperature=0, max_new_tokens=config.max_new_tokens)
     texts = [some[0].text for some in model.generate(prompts, sampling)]
     score = OVERLAPS[config.metric]
@@ -113,11 +184,55 @@ def _answers(model: LocalModel, number: int, name: str, rows: pl.DataFrame, conf
 
 
 def matrix(items: pl.DataFrame) -> tuple[list[str], Floats]:
-    """(tasks by stage, mean score [checkpoints, tasks])."""
-    tasks = items.select("stage", "task").unique().sort("stage")["task"].to_list()
+    """(tasks by their first stage, mean score [checkpoints, tasks])."""
+    tasks = items.group_by("task").agg(pl.col("stage").min()).sort("stage", "task")["task"].to_list()
     each = {(c, t): part["score"].to_numpy() for (c, t), part in items.group_by("checkpoint", "task")}
     checkpoints = sorted({c for c, _ in each})
     return tasks, np.array([[_mean(each[c, t]) for t in tasks] for c in checkpoints], np.float64)
+
+
+def write_matrix(path: Path, checkpoints: Sequence[str], tasks: Sequence[str], r: Floats) -> None:
+    """R as CSV: a header, then a line a checkpoint that begins with its name.   r [checkpoints, tasks]."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow([HEAD, *map(_no_formula, tasks)])
+        lines.writerows([_no_formula(name), *scores] for name, scores in zip(checkpoints, r.tolist(), strict=True))
+
+
+def read_matrix(path: Path) -> list[list[float]]:
+    """R of a CSV: what `write_matrix` writes, or numbers alone.
+
+    Raises:
+        InputError: no such file, lines of several lengths, or a cell that is no finite number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV: {getattr(error, 'strerror', None) or error}") from None
+    if not lines:
+        raise InputError(f"{path}: no scores", remedy="a line a checkpoint, a column a task, as `train eval` writes it")
+    width, named = len(lines[0][1]), lines[0][1][0].strip() == HEAD
+    for number, cells in lines:
+        if len(cells) != width:
+            raise InputError(f"{path}, line {number}: {len(cells)} cells, and the first line has {width}")
+    return [[_number(cell, f"{path}, line {number}, column {column}") for column, cell in enumerate(cells, 1)
+             if column > named] for number, cells in lines[named:]]  # fmt: skip
+
+
+def _number(cell: str, where: str) -> float:
+    try:
+        value = float("nan" if "_" in cell else cell)  # Python reads 1_0 as 10
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {cell[:80]!r} is not a finite number")
+    return value
+
+
+def _no_formula(name: str) -> str:
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def _mean(values: Floats) -> float:
@@ -155,7 +270,7 @@ def _answers_kept(correct: list[NDArray[np.bool_]]) -> dict[str, float]:
 
 
 def _per_item(items: pl.DataFrame, task: str, column: str) -> NDArray[Any]:
-    part = items.filter(task=task).sort("checkpoint", "uid")
+    part = items.filter(task=task).sort("checkpoint", "uid", maintain_order=True)
     n = part["checkpoint"].n_unique()
     return part[column].to_numpy().reshape(n, -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ def heat_map(
 ) -> None:  # fmt: skip
     """R as a picture: a row a checkpoint, a column a task, the score in each cell.   scores [checkpoints, tasks].
 
-    The same scores give the same bytes.
+    The same scores give the same bytes. Names are shown as they are: `$` begins no formula.
     """
     import matplotlib
 
@@ -22,7 +23,8 @@ def heat_map(
 
     rows, columns = scores.shape
     numbers = columns <= 20 and rows <= 40
-    with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9,
+                                "text.parse_math": False}):  # fmt: skip
         width, height = max(0.6 * columns, 1.8), max(0.34 * rows, 0.7)  # inches of the cells; labels come beside them
         figure = pyplot.figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -41,10 +43,14 @@ def heat_map(
         pyplot.close(figure)
 
 
+_NOT_XML = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
 def _short(name: str) -> str:
-    """The end of a long name: checkpoints are paths.
+    """The end of a long name: checkpoints are paths. What XML may not hold is shown as �.
 
     >>> _short("runs/a/very/long/path/to/some/checkpoint-100/model")
     '…to/some/checkpoint-100/model'
     """
+    name = _NOT_XML.sub("\ufffd", name)
     return name if len(name) <= 29 else "…" + name[-28:]

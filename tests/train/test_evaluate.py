@@ -1,9 +1,11 @@
 """Evaluation and Fisher information on real rows with real checkpoints."""
 
+import errno
 import json
 import math
 import re
 import xml.dom.minidom
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 
 from curate.build import build
 from curate.errors import InputError
+from curate.manifest import read
+from curate.models import LocalModel
 from train.evaluate import EvalConfig, evaluate, matrix, summary
 from train.fisher import FisherConfig, estimate, fisher
 from train.models import read_fisher
@@ -155,3 +159,119 @@ def test_fisher_is_stored_with_its_anchor_and_read_back(held_out, tmp_path):
                                             "out": str(tmp_path / "g"), "origins": ["augmented"]}))  # fmt: skip
     with pytest.raises(InputError, match="not a Fisher folder"):
         read_fisher(tmp_path)
+
+
+# --- what goes wrong ---
+
+
+def evaluation(start, held_out, out, **more):
+    return evaluate(EvalConfig.model_validate(
+        {"models": [str(start)], "data": str(held_out / "data"), "out": str(out), "per_task": 2, "max_new_tokens": 2,
+         **more}))  # fmt: skip
+
+
+@pytest.fixture
+def unanswered(monkeypatch):
+    """Whoever lets a model answer fails."""
+    monkeypatch.setattr(LocalModel, "generate", lambda *_: pytest.fail("a model was asked"))
+
+
+TASKS = {"sentiment_analysis": 0.5, "misc": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"upper": {"misc": 0.5}}, "'sentiment_analysis' is missing"),
+        ({"upper": {**TASKS, "other": 1}}, "'other' is no task"),
+        *(({"upper": {**TASKS, "misc": bad}}, "not a positive number") for bad in (0, -1, math.nan, math.inf, 5e-324)),
+        ({"models": [STARTER, "no/such"]}, "models.1 'no/such'"),
+        ({"data": "DATA", "out": "DATA"}, "which is read, lies in it"),
+        ({"out": "FILE"}, "a file, not a folder"),
+        ({"out": "FILE/below"}, "FILE"),
+        ({"out": "FULL"}, "other files"),
+    ],
+)
+def test_what_cannot_end_well_is_not_begun(held_out, tmp_path, unanswered, more, said):
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL/thesis.tex").write_text("x")
+    more = {key: str(tmp_path / value) if key == "out" else value for key, value in more.items()}
+    if "data" in more:
+        more = dict.fromkeys(("data", "out"), str(held_out / "data"))
+    with pytest.raises(InputError, match=said):
+        evaluation(STARTER, held_out, **{"out": tmp_path / "out", **more})
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["FILE", "FULL", "thesis.tex"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), pl.exceptions.ComputeError("No space left")])
+def test_answers_outlive_a_full_disk(start, held_out, tmp_path, monkeypatch, error):
+    evaluation(start, held_out, tmp_path / "out")
+    before = (tmp_path / "out/items.parquet").read_bytes()
+
+    def full(scores, checkpoints, tasks, metric, path):
+        path.write_text("<half")
+        raise error
+
+    monkeypatch.setattr("train.evaluate.heat_map", full)
+    with pytest.raises(InputError, match="No space left") as told:
+        evaluation(start, held_out, tmp_path / "out")
+    assert "make room" in str(told.value)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["items.parquet", "matrix.csv"], "no metrics.json"
+    assert (tmp_path / "out/items.parquet").read_bytes() == before
+
+
+def test_the_answers_of_a_first_model_outlive_a_second_that_fails(start, held_out, tmp_path, monkeypatch):
+    calls, generate = [], LocalModel.generate
+
+    def once(self, *given):
+        calls.append(self)
+        return generate(self, *given) if len(calls) == 1 else (_ for _ in ()).throw(InputError("no memory"))
+
+    monkeypatch.setattr(LocalModel, "generate", once)
+    with pytest.raises(InputError, match="no memory"):
+        evaluation(start, held_out, tmp_path / "out", models=[str(start)] * 2)
+    assert pl.read_parquet(tmp_path / "out/items.parquet").height == 2 * 2  # two tasks of two rows
+
+
+def test_rows_without_references_are_left_out_and_listed(start, held_out, tmp_path, monkeypatch):
+    manifest, none = read(held_out / "data"), pl.lit(None, pl.List(pl.String))
+    mute = manifest.samples.filter(task="misc").sort("uid")["uid"].head(3)
+
+    def without(uids, empty):
+        given = pl.when(pl.col("uid").is_in(uids.implode())).then(empty).otherwise("references")
+        return replace(manifest, samples=manifest.samples.with_columns(references=given))
+
+    said = []
+    for empty in (none, pl.lit([], pl.List(pl.String))):
+        monkeypatch.setattr("train.evaluate.read", lambda _, empty=empty: without(mute, empty))
+        found = evaluate(EvalConfig.model_validate(
+            {"models": [str(start)], "data": str(held_out / "data"), "out": str(tmp_path / "out"), "per_task": 2,
+             "max_new_tokens": 2}), said.append)  # fmt: skip
+        assert found["left_out"] == 3 and "3 rows have nothing" in said[0]
+        items = pl.read_parquet(tmp_path / "out/items.parquet")
+        assert items.height == 4 and not items["score"].is_nan().any() and not set(items["uid"]) & set(mute)
+        assert pl.read_parquet(tmp_path / "out/left_out.parquet").rows() == [(u, "misc", "no references") for u in mute]
+    monkeypatch.setattr("train.evaluate.read", lambda _: without(manifest.samples["uid"], none))
+    with pytest.raises(InputError, match=r"none of .* samples has references"):
+        evaluation(start, held_out, tmp_path / "none")
+    monkeypatch.setattr("train.evaluate.read", lambda _: manifest)
+    assert evaluation(start, held_out, tmp_path / "out")["left_out"] == 0
+    assert not (tmp_path / "out/left_out.parquet").exists(), "of an older evaluation"
+
+
+def test_a_task_of_several_stages_is_one_column():
+    # y is of stages 1 and 3, x of 2: y comes first, with the mean over its four items
+    table = items({"y": [[0, 1]], "x": [[1]], "y ": [[1, 1]]}).with_columns(pl.col("task").str.strip_chars())
+    tasks, r = matrix(table)
+    assert tasks == ["y", "x"] and r.tolist() == [[3 / 4, 1]]
+    assert summary(table, config(models=["a"]))["tasks"] == ["y", "x"]
+
+
+def test_names_are_labels_and_no_formulas(tmp_path):
+    tasks = [r"$\frac{$", "$a$", "a\0b\x1b[2J\x9b\ufffe", "100 $"]
+    heat_map(np.eye(4), ["\x07", "$x_1$", "c\nd", r"\$"], tasks, "exact", tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    xml.dom.minidom.parseString(text.encode())
+    for shown in (r">$\frac{$<", ">$a$<", ">a\ufffdb\ufffd[2J\ufffd\ufffd<", ">100 $<", ">\ufffd · 0<", ">$x_1$ · 1<"):
+        assert shown in text

@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -6,8 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from train import metrics
+from train.cli import app
+from train.evaluate import read_matrix, write_matrix
 
 # Three tasks. Row 0 = before training.
 R = [[0.1, 0.2, 0.3], [0.9, 0.4, 0.3], [0.5, 0.8, 0.1], [0.6, 0.2, 0.7]]
@@ -72,3 +76,56 @@ def test_command_line(tmp_path):
     bad = subprocess.run([sys.executable, "-m", "train.cli", "metrics", str(file)], capture_output=True, text=True)
     assert bad.returncode == 1
     assert "Traceback" not in bad.stderr
+
+
+def asked(*words):
+    return CliRunner().invoke(app, ["metrics", *map(str, words)])
+
+
+def test_what_eval_writes_and_bare_numbers_are_the_same_matrix(tmp_path):
+    named, bare = tmp_path / "matrix.csv", tmp_path / "bare.csv"
+    write_matrix(named, ["start", "=1+1", "a,b\nc", "@d"], ["x", "-y", 'z,"q'], np.array(R))
+    bare.write_text("\ufeff" + "\n".join(" , ".join(map(str, line)) for line in R) + "\n\n", encoding="utf-8")
+    assert named.read_text().startswith('checkpoint,x,\'-y,"z,""q"\nstart,') and "\n'=1+1," in named.read_text()
+    assert read_matrix(named) == read_matrix(bare) == R
+    found = [json.loads(asked(file, "--upper", "1,0.8,1", "--json").stdout) for file in (named, bare)]
+    assert found[0] == found[1] and found[0]["relative_gain"] == pytest.approx([50, 42.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0\nnan\n", "line 2, column 1: 'nan'"),
+        ("0,1\n1,-inf\n1,1\n", "line 2, column 2: '-inf'"),
+        ("checkpoint,x\na,0\nb,much\n", "line 3, column 2: 'much'"),
+        ("0\n1_0\n", "line 2, column 1: '1_0'"),
+        ("0,1\n1,1\n1\n", "line 3: 1 cells, and the first line has 2"),
+        ("0,1\n1,\n1,1\n", "line 2, column 2: ''"),
+        ("", "no scores"),
+        ("checkpoint,x\n", "not of shape"),
+        ("1,2\n3,4\n", "not of shape"),
+        ("0," + "9" * 200_000, "field larger"),
+        ("\x1b[2J\n1\n", r"'\x1b[2J'"),
+        ("0,0\n1e308,0\n-1e308,0\n", "backward_transfer is beyond"),  # -1e308 - 1e308
+    ],
+)
+def test_a_cell_that_is_no_number_is_named(tmp_path, text, said):
+    file = tmp_path / "r.csv"
+    file.write_text(text)
+    done = asked(file, "--json")
+    assert done.exit_code == 1 and said in done.stderr and not done.stdout
+
+
+def test_bytes_that_are_no_text_and_no_file(tmp_path):
+    (tmp_path / "r.csv").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "r.csv", tmp_path, tmp_path / "none.csv"):
+        done = asked(path)
+        assert done.exit_code == 1 and "cannot be read as CSV" in done.stderr
+
+
+@pytest.mark.parametrize("upper", ["0", "nan", "inf", "x", "", "1,1", "-1"])
+def test_upper_is_looked_at_with_one_task_too(tmp_path, upper):
+    (tmp_path / "r.csv").write_text("0\n1\n")
+    done = asked(tmp_path / "r.csv", "--upper", upper)
+    assert done.exit_code == 1 and "not 1 positive numbers" in done.stderr
+    assert asked(tmp_path / "r.csv", "--upper", "0.5").exit_code == 0
