@@ -89,7 +89,8 @@ def fisher(config: Config = None, settings: Words = None) -> None:
         from train.fisher import FisherConfig
         from train.fisher import fisher as estimate
 
-        sys.stdout.write(f"fisher: {estimate(_settings(FisherConfig, config, settings))}\n")
+        folder = estimate(_settings(FisherConfig, config, settings), lambda text: print(text, file=sys.stderr))
+        sys.stdout.write(f"fisher: {folder}\n")
 
 
 @app.command(name="eval")

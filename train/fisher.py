@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from curate.errors import InputError
+from curate.models.weights import model_folder, refuse_foreign_tokens, stack
 from curate.settings import Section
 from train.config import CftConfig
 from train.data import Examples
+from train.folder import refuse_foreign, whole
 from train.logprobs import token_logps
 from train.methods.cft import plain_name
 from train.models import end_tokens, open_model, open_tokenizer
 from train.packing import Collator, Item
+
+FILES = ("fisher.safetensors", "anchor.safetensors", "fisher.json")
 
 
 class FisherConfig(Section):
@@ -44,30 +48,71 @@ class FisherConfig(Section):
     base: str = Field(".", exclude=True, description="set by the command line")
 
 
-def fisher(config: FisherConfig) -> Path:
+def fisher(config: FisherConfig, say: Callable[[str], None] = lambda text: None) -> Path:
     """Estimate, and write F and the parameters θ* that it belongs to; returns the folder.
 
     Raises:
-        InputError: the model or the manifest cannot be used, or there is no row of these origins.
+        InputError: the model, the manifest, `device` or `out` cannot be used, there is no row of these origins,
+            weights or information are not finite, or the disk is full.
     """
     run = CftConfig.model_validate({"model": config.model, "data": config.data, "out": config.out,
                                     "dtype": config.dtype, "base": config.base})  # fmt: skip
+    out, where, data = Path(config.out), f"model {config.model!r}", [run.path(d) for d in config.data]
+    folder, _ = model_folder(str(run.path(config.model)), Path(config.base), "model")
+    refuse_foreign(out, [*FILES, *(f".{name}" for name in FILES)], [*stack(folder, "model"), *data])
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).cpu()  # `meta` holds no numbers
+    except Exception as error:  # whatever torch says of a device that is not there
+        raise InputError(f"device {device!r} cannot be used: {str(error)[:300]}", remedy="device=cpu") from None
     tokenizer, model = open_tokenizer(run), open_model(run)
-    model = model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    most = config.max_length or getattr(model.config, "max_position_embeddings", None)
-    examples = Examples.read([run.path(d) for d in run.data], tokenizer, max_length=most, too_long="truncate",
-                             ends=end_tokens(run, tokenizer))  # fmt: skip
+    refuse_foreign_tokens(model, tokenizer, where)
+    _check_finite(dict(model.named_parameters()), f"{where}: its weight",
+                  "a run that diverged? name an older checkpoint")  # fmt: skip
+    try:
+        model = model.to(device).eval()
+    except RuntimeError as error:  # no room
+        raise InputError(f"{where} cannot be moved to {device!r}: {str(error)[:300]}", remedy="device=cpu") from None
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = min((n for n in (config.max_length, context) if n), default=None)
+    examples = Examples.read(data, tokenizer, max_length=most, too_long="truncate", ends=end_tokens(run, tokenizer))
     rows = chosen(examples, config)
+    long = set(examples.too_long["uid"])
+    cut = sum(uid in long for uid in examples.uids(rows[examples.lengths[rows] == most]))
+    if cut:
+        say(f"{cut:,} of {len(rows):,} rows are cut to {most:,} tokens")
     found = estimate(model, batches(examples, rows, tokenizer.pad_token_id or 0, model.device))
-    anchor = {plain_name(n): p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in found}
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, tensors in (("fisher", found), ("anchor", anchor)):
-        save_file({plain_name(k): v.cpu().contiguous() for k, v in tensors.items()}, out / f".{name}.safetensors")
-        os.replace(out / f".{name}.safetensors", out / f"{name}.safetensors")
-    facts = {"model": config.model, "data": config.data, "samples": len(rows), "origins": list(config.origins)}
-    (out / "fisher.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _check_finite(found, f"{where}: the information of", "dtype=float32, or look at the rows: an answer of "
+                  "probability 0?")  # fmt: skip
+    anchor = {n: p.detach() for n, p in model.named_parameters() if n in found}
+    facts = {"model": config.model, "data": config.data, "samples": len(rows), "origins": list(config.origins),
+             "max_length": most, "cut": cut}  # fmt: skip
+    _write(out, found, anchor, facts)
     return out
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    if wrong := next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None):
+        raise InputError(f"{what} {wrong!r} holds NaN or infinity", remedy=remedy)
+
+
+def _write(out: Path, found: dict[str, Tensor], anchor: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """All files under their names, or none."""
+    staged = [out / f".{name}" for name in FILES]
+    try:
+        for path, tensors in zip(staged, (found, anchor), strict=False):
+            with whole(path, "nothing else was written"):
+                out.mkdir(parents=True, exist_ok=True)
+                save_file({plain_name(k): v.cpu().contiguous() for k, v in tensors.items()}, path)
+        with whole(staged[-1], "nothing else was written"):
+            staged[-1].write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            for name in FILES:  # the information of one model beside the anchor of another is worse than none
+                (out / name).unlink(missing_ok=True)
+            for path, name in zip(staged, FILES, strict=True):
+                os.replace(path, out / name)
+    finally:
+        for path in staged:
+            path.unlink(missing_ok=True)
 
 
 def chosen(examples: Examples, config: FisherConfig) -> np.ndarray[Any, Any]:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import re
+import shutil
 import xml.dom.minidom
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from curate.build import build
 from curate.errors import InputError
@@ -19,7 +21,7 @@ from curate.manifest import read
 from curate.models import LocalModel
 from train.evaluate import EvalConfig, evaluate, matrix, summary
 from train.fisher import FisherConfig, estimate, fisher
-from train.models import read_fisher
+from train.models import read_fisher, read_fishers
 from train.plots import heat_map
 
 ROOT = Path(__file__).parent.parent.parent
@@ -275,3 +277,87 @@ def test_names_are_labels_and_no_formulas(tmp_path):
     xml.dom.minidom.parseString(text.encode())
     for shown in (r">$\frac{$<", ">$a$<", ">a\ufffdb\ufffd[2J\ufffd\ufffd<", ">100 $<", ">\ufffd · 0<", ">$x_1$ · 1<"):
         assert shown in text
+
+
+def estimated(model, held_out, out, **more):
+    return fisher(FisherConfig.model_validate(
+        {"model": str(model), "data": [str(held_out / "data")], "out": str(out), "samples": 3, **more}))  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fisher_of_weights_that_are_no_numbers_is_refused(start, held_out, tmp_path, value):
+    shutil.copytree(start, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.norm.weight"][0] = value
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight' holds NaN or infinity"):
+        estimated(tmp_path / "model", held_out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fisher_that_is_not_finite_is_not_written_and_not_read(start, held_out, tmp_path, monkeypatch):
+    good = estimated(start, held_out, tmp_path / "good")
+    for kind in ("fisher", "anchor"):
+        shutil.copytree(good, tmp_path / kind)
+        tensors = load_file(good / f"{kind}.safetensors")
+        tensors["model.norm.weight"][0] = math.inf
+        save_file(tensors, tmp_path / kind / f"{kind}.safetensors")
+        with pytest.raises(InputError, match=f"{kind}.safetensors: 'model.norm.weight' holds NaN"):
+            read_fisher(tmp_path / kind)
+    monkeypatch.setattr("train.fisher.estimate", lambda *_: {"model.norm.weight": torch.tensor([1.0, math.nan])})
+    with pytest.raises(InputError, match=r"information of 'model\.norm\.weight' holds NaN"):
+        estimated(start, held_out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "link").symlink_to(good)
+    assert len(read_fishers([good])) == 1
+    for twice in (good, tmp_path / "link"):
+        with pytest.raises(InputError, match="are the same folder"):
+            read_fishers([good, twice])
+
+
+def test_fisher_on_a_full_disk_leaves_what_was_there(start, held_out, tmp_path, monkeypatch):
+    out = estimated(start, held_out, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        if "anchor" in path.name:
+            raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr("train.fisher.save_file", full)
+    for folder, left in ((out, before), (tmp_path / "new", {})):
+        with pytest.raises(InputError, match="No space left"):
+            estimated(start, held_out, folder)
+        assert {f.name: f.read_bytes() for f in folder.iterdir()} == left
+
+
+def test_fisher_refuses_folders_devices_and_tokenizers(start, held_out, tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="other files"):
+        estimated(start, held_out, tmp_path)
+    for read_from in (start, held_out / "data"):
+        with pytest.raises(InputError, match="which is read, lies in it"):
+            estimated(start, held_out, read_from)
+    for device in ("cuda:99", "meta", "toaster"):
+        with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+            estimated(start, held_out, tmp_path / "out", device=device)
+    shutil.copytree(start, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"has token 6144, the model knows 6144 tokens"):
+        estimated(tmp_path / "model", held_out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_cut_are_counted(start, held_out, tmp_path):
+    said = []
+    for length, cut in ((8, 3), (None, 0)):  # every prompt is longer than 8 tokens, none than the context
+        folder = fisher(FisherConfig.model_validate(
+            {"model": str(start), "data": [str(held_out / "data")], "out": str(tmp_path / "out"), "samples": 3,
+             "max_length": length}), said.append)  # fmt: skip
+        facts = json.loads((folder / "fisher.json").read_text())
+        assert facts["cut"] == cut and facts["max_length"] == (length or 1024)
+    assert said == ["3 of 3 rows are cut to 8 tokens"]
