@@ -49,7 +49,7 @@ from train.models import (
     join_adapters,
     open_model,
     open_tokenizer,
-    read_fisher,
+    read_fishers,
     with_adapter,
 )
 from train.packing import Collator, Items, Packing
@@ -278,7 +278,7 @@ def _method(config: RunConfig, model: Any, reference: Any, old: dict[str, list[T
     if not isinstance(config, CftConfig):
         return Cpt()
     kl, ewc, o_lora = config.kl, config.ewc, config.o_lora
-    fishers = [read_fisher(config.path(folder), model) for folder in ewc.fisher] if ewc and ewc.weight else []
+    fishers = read_fishers([config.path(folder) for folder in ewc.fisher], model) if ewc and ewc.weight else []
     return Cft(
         kl=kl.weight if kl else 0.0, reference=reference, ewc=ewc.weight if ewc else 0.0, fishers=fishers,
         orthogonal=o_lora.weight if o_lora else 0.0, old_adapters=old,

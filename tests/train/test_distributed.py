@@ -20,8 +20,8 @@ from curate.build import build
 from curate.errors import InputError
 from train import parallel
 from train.config import CftConfig, CptConfig, load
+from train.folder import checkpoints
 from train.run import run
-from train.trainer import checkpoints
 
 pytestmark = pytest.mark.xdist_group("distributed")  # they share runs that take long to start
 
