@@ -177,7 +177,8 @@ def test_pbl_begins_at_its_closed_form(ranked, tmp_path):
 
 
 def test_copr_begins_at_its_closed_form_and_leaves_a_buffer(ranked, tmp_path):
-    lines = trained("copr", ranked, tmp_path / "out", "beta=0.5", "per_device_train_batch_size=12", "keep=0.25")
+    lines = trained("copr", ranked, tmp_path / "out", "beta=0.5", "per_device_train_batch_size=12", "keep=0.25",
+                    "learning_rate=0.00001")  # fmt: skip
     config, sets = sets_of("copr", ranked, "beta=0.5")
     closed = []
     for row in range(len(sets)):
