@@ -70,11 +70,11 @@ def dpo(config: Config = None, settings: Words = None, quiet: Quiet = False) -> 
 
 @app.command()
 def copr(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
-    """COPR: fit the policy to the optimum of its own update over ranked answers, held by the optima of older tasks.
+    r"""COPR: fit the policy to the optimum of its own update over ranked answers, held by the optima of older tasks.
 
     A run leaves a folder `buffer`; later stages name it in `buffers`.
 
-    Example: train copr model=runs/stage-1/model data=runs/stage-2-data buffers=[runs/stage-1/buffer] out=runs/stage-2
+    Example: train copr model=runs/stage-1/model data=runs/two 'buffers=\[runs/stage-1/buffer]' out=runs/stage-2
     """
     _train("copr", config, settings, quiet)
 
@@ -95,9 +95,9 @@ def fisher(config: Config = None, settings: Words = None) -> None:
 
 @app.command(name="eval")
 def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
-    """Score checkpoints on the tasks of a manifest: items, the R matrix, and the metrics of continual learning.
+    r"""Score checkpoints on the tasks of a manifest: items, the R matrix, and the metrics of continual learning.
 
-    Example: train eval models=[examples/starter,runs/cft/model] data=runs/held-out out=runs/eval metric=rouge_l
+    Example: train eval 'models=\[examples/starter,runs/cft/model]' data=runs/held-out out=runs/eval metric=rouge_l
     """
     with _errors():
         from train.evaluate import EvalConfig, evaluate
@@ -162,7 +162,7 @@ def _errors() -> Iterator[None]:
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
+        sys.stderr.write("stopped; the same command goes on from the last checkpoint, if there is one\n")
         raise typer.Exit(130) from None
 
 

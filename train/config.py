@@ -8,6 +8,7 @@ names. LoRA's keys are those of peft.LoraConfig.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -233,6 +234,10 @@ def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, A
         raise InputError(f"{wrong}: this trainer sets it itself", remedy="leave it out; see `train cft --help`")
     if wrong := next((key for key in data if key in UNUSED and key not in model.model_fields), None):
         raise InputError(f"{wrong}: not for this trainer: {UNUSED[wrong]}", remedy="leave it out")
+    if wrong := next((key for key in data if key not in fields and key not in model.model_fields), None):
+        near = difflib.get_close_matches(wrong, [*model.model_fields, *fields], 1)
+        raise InputError(f"unknown key {wrong!r}{f'; did you mean {near[0]!r}?' if near else ''}",
+                         remedy="keys are those of train/config.py and of transformers.TrainingArguments")  # fmt: skip
     theirs = {key: _meant(key, value, fields[key]) for key, value in data.items()
               if key in fields and key not in model.model_fields}  # fmt: skip
     return {key: value for key, value in data.items() if key not in theirs}, theirs

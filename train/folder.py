@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def alone(out: Path) -> Iterator[None]:
     finally:
         lock.release()
         (out / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # a run that was refused leaves no folder
+            out.rmdir()
 
 
 def clear(out: Path) -> None:
@@ -142,8 +144,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: int(f.name[11:]))
 
 
-def resumable(out: Path, identity: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
+def resumable(
+    out: Path, identity: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+) -> tuple[Path | None, list[str]]:
     """(the newest whole checkpoint of this run, what was wrong with newer ones).
+
+    `facts` are those of this run: where they are given, an error names what differs.
 
     Raises:
         InputError: the folder is of a run of another method, other data or other settings.
@@ -154,25 +160,43 @@ def resumable(out: Path, identity: Mapping[str, Any]) -> tuple[Path | None, list
     newer = [f for f in out.glob("checkpoint-*") if f.name[11:].isdigit() and int(f.name[11:]) > step]
     damaged = [f"{f}: {fault(f)}" for f in sorted(newer) if (f / MARK).is_file()]
     if last is not None:
-        _check_identity(last, json.loads((last / MARK).read_bytes()), identity)
+        _check_identity(last, json.loads((last / MARK).read_bytes()), identity, facts)
     elif (out / MODEL).is_dir():
         try:
             stored = json.loads((out / FACTS).read_bytes())["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{out / FACTS}: cannot be read, so it cannot be told whose model is there",
                              remedy="choose another folder, or start anew with resume=false") from None  # fmt: skip
-        _check_identity(out, stored, identity)
+        _check_identity(out, stored, identity, facts)
     return last, damaged
 
 
-def _check_identity(folder: Path, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def _check_identity(
+    folder: Path, stored: Mapping[str, Any], mine: Mapping[str, Any], facts: Mapping[str, Any] | None
+) -> None:
     for key, value in mine.items():
         if stored.get(key) != value:
+            out = folder if (folder / FACTS).is_file() else folder.parent
+            differs = _differences(out, facts or {}) or [f"{key} is {stored.get(key)!r}, here {value!r}"]
             raise InputError(
-                f"{folder}: of another run: {key} is {stored.get(key)!r}, here {value!r}",
-                remedy=f"compare {FACTS} there with these settings; choose another folder with out=FOLDER, or start "
-                "anew with resume=false",
+                f"{folder}: of another run: {'; '.join(differs[:5])}{' …' if len(differs) > 5 else ''}",
+                remedy="choose another folder with out=FOLDER, or start anew with resume=false",
             )
+
+
+def _differences(out: Path, facts: Mapping[str, Any]) -> list[str]:
+    """What run.json says there and here."""
+    try:
+        theirs = json.loads((out / FACTS).read_bytes())
+        mine = json.loads(json.dumps(facts, default=str))
+        found = [] if theirs["method"] == mine["method"] else [f"method is {theirs['method']}, here {mine['method']}"]
+        for kind in ("settings", "training", "data", "inputs"):
+            there, here = theirs[kind], mine[kind]
+            found += [f"{key} is {there.get(key)!r}, here {here.get(key)!r}" for key in sorted({*there, *here})
+                      if there.get(key) != here.get(key)]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return found
 
 
 def _print_of(file: Path) -> list[Any]:

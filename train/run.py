@@ -103,12 +103,12 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     out = Path(config.out)
     tokenizer, context = open_tokenizer(config), context_of(config)
     stage = _stage(name, config, tokenizer, context)
-    items, epochs = _items(name, config, stage, context, arguments)
+    items, epochs = _items(name, config, stage, context, arguments, theirs)
     evaluated = _evaluated(name, config, tokenizer, context, arguments)
     facts = _facts(name, config, theirs, arguments)
     decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
     identity = {"method": name, "settings": content_hash([decides, facts["data"], facts["inputs"]])}
-    last, damaged = resumable(out, identity) if config.resume else (None, [])
+    last, damaged = resumable(out, identity, facts) if config.resume else (None, [])
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
     check_vocabulary(model, tokenizer, "model")
@@ -142,12 +142,8 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
             raise
         raise InputError(f"training arguments: {str(error)[:500]}") from None
     if arguments.process_index == 0:
-        for each in damaged if not quiet else ():
-            screen.console.print(
-                f"{each}: left aside; going on from {last.name if last else 'the start'}",
-                soft_wrap=True,
-                highlight=False,
-            )
+        for each in damaged:
+            screen.tell(f"{each}: left aside; going on from {last.name if last else 'the start'}")
         with whole(out / f".{FACTS}", "the same command begins again"):
             if not config.resume:
                 clear(out)
@@ -155,13 +151,31 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
             stage.write_left_out(out)
             lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
                           arguments.world_size)  # fmt: skip
+    screen.tell(_start(name, stage, items, arguments, last))
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.state.best_model_checkpoint is not None:
+        best = Path(trainer.state.best_model_checkpoint).name
+        screen.tell(f"best: {best}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")
     model_folder = _publish(trainer, out, config, tokenizer)
     if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
     return model_folder
+
+
+def _start(name: str, stage: Examples | Stage, items: Items, arguments: Any, last: Path | None) -> str:
+    """What a run is, in a line."""
+    rows = stage.sets.rows if isinstance(stage, Stage) else stage
+    held = ", ".join(f"{len(of):,} {origin}" for origin, of in rows.groups("origin").items())
+    words = [f"{name}: {held} rows", f"{arguments.max_steps:,} steps", str(arguments.device)]
+    if arguments.world_size > 1:
+        words.append(f"{arguments.world_size} processes")
+    if last is not None and int(last.name[11:]) >= arguments.max_steps:
+        words.append(f"{last.name} is the last: nothing is left to train")
+    elif last is not None:
+        words.append(f"going on from {last.name}")
+    return " · ".join(words)
 
 
 def _read(config: RunConfig) -> list[Path]:
@@ -183,7 +197,7 @@ def _stage(name: str, config: RunConfig, tokenizer: Any, context: int | None) ->
 
 
 def _items(
-    name: str, config: RunConfig, stage: Examples | Stage, context: int | None, arguments: Any
+    name: str, config: RunConfig, stage: Examples | Stage, context: int | None, arguments: Any, theirs: Any
 ) -> tuple[Items, float]:
     """(the items of the whole run, how many epochs they are)."""
     rows = stage.sets.rows if isinstance(stage, Stage) else stage
@@ -205,6 +219,8 @@ def _items(
         if getattr(arguments, f"{what}_strategy") == "epoch":
             setattr(arguments, f"{what}_strategy", type(arguments.logging_strategy)("steps"))
             setattr(arguments, f"{what}_steps", max(1, round(total / epochs)))
+    if "logging_steps" not in theirs and arguments.logging_strategy == "steps":
+        arguments.logging_steps = max(1, min(10, total // 20))  # short runs are looked at too
     arguments.num_train_epochs, arguments.max_steps = 1, total  # the items hold the whole run
     return items, epochs
 
@@ -292,7 +308,7 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     parallel.check_installed(theirs)
     try:
         arguments = TrainingArguments(
-            **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2, "logging_steps": 10,
+            **{"save_strategy": "steps", "save_steps": 500, "save_total_limit": 2,
                "dataloader_pin_memory": torch.cuda.is_available(), "disable_tqdm": True,
                "ddp_find_unused_parameters": False, "bf16": half,
                "use_cache": True,  # goes into the saved config; no pass of ours makes a cache

@@ -32,6 +32,11 @@ class Progress(TrainerCallback):
         self.bar: Bar | None = None
         self.line: Any = None
 
+    def tell(self, text: str) -> None:
+        """A line of the first process."""
+        if os.environ.get("RANK", "0") == "0":
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The live line; and a log without what came after the checkpoint that a run goes on from."""
         if state.is_world_process_zero:
@@ -58,9 +63,13 @@ class Progress(TrainerCallback):
             line["epoch"] *= self.epochs  # the library counts the whole run as one
         with (self.out / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _number(v) for k, v in line.items()}, sort_keys=True, allow_nan=False) + "\n")
+        if "eval_loss" in logs:
+            self.tell(
+                f"step {state.global_step:,} · evaluation: loss {logs['eval_loss']:.4f}" + _parts(logs, "eval_loss_")
+            )
         if "loss" not in logs:
             return
-        words = [f"loss {logs['loss']:.4f}", f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"]
+        words = [f"loss {logs['loss']:.4f}{_parts(logs, 'loss_')}", f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"]
         words += [f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []
         if self.bar is not None:
             self.bar.update(self.line, description=" · ".join(words))
@@ -88,6 +97,12 @@ class Progress(TrainerCallback):
         """The line stays as it is."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def _parts(logs: dict[str, Any], start: str) -> str:
+    """The loss of each origin, where there are several."""
+    origins = {k.removeprefix(f"{start}origin/"): v for k, v in logs.items() if k.startswith(f"{start}origin/")}
+    return f" ({', '.join(f'{k} {v:.4f}' for k, v in origins.items())})" if len(origins) > 1 else ""
 
 
 def _number(value: Any) -> Any:

@@ -155,7 +155,7 @@ class RehearseTrainer(Trainer):
         """Keep what `log` reports; stop at a loss that is not a number."""
         self.met += batch["row"].tolist()
         if not bool(torch.isfinite(loss.detach())):
-            self._stop(f"the loss is {float(loss.detach())}", batch["row"].tolist())
+            self._stop(f"the loss is {float(loss.detach())}; the batch held", batch["row"].tolist())
         _by_group(logged.pop("rows"), batch, self.examples, self.sums)
         for name, value in logged.items():
             self.sums[name].append(
@@ -168,15 +168,14 @@ class RehearseTrainer(Trainer):
         norm, rows = super()._get_grad_norm(model, grad_norm), self.met
         self.met = []
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):  # a scaler skips such steps itself
-            self._stop(f"the norm of the gradient is {float(norm)}", rows)
+            self._stop(f"the norm of the gradient is {float(norm)}; the step held", rows)
         return norm
 
     def _stop(self, what: str, rows: list[int]) -> NoReturn:
         uids = self.examples.uids(rows)
         kept = checkpoints(self.folder)
         raise InputError(
-            f"step {self.state.global_step + 1}: {what}; the {'step' if len(rows) != 1 else 'row'} held "
-            f"{', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
+            f"step {self.state.global_step + 1}: {what} {', '.join(uids[:20])}{' …' if len(uids) > 20 else ''}",
             remedy="lower learning_rate, or look at these rows with `curate explain`; "
             + (f"{kept[-1].name} is whole" if kept else "there is no checkpoint yet"),
         )

