@@ -127,8 +127,6 @@ def _settings(model: type[Settings], path: Path | None, words: list[str] | None)
     data = read_yaml(path) if path is not None else {}
     for word in _checked(words):
         override(data, word)
-    if isinstance(data.get("data"), str) and "origins" in model.model_fields:
-        data["data"] = [data["data"]]
     return checked(model, {**data, "base": str(path.parent) if path else "."}, str(path or "command line"))
 
 

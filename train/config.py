@@ -12,13 +12,21 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from curate.errors import InputError
 from curate.settings import Section, checked, override, read_yaml
+
+
+def _one_or_several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Folders = Annotated[list[str], BeforeValidator(_one_or_several)]
+"""Several, or one without brackets."""
 
 
 class KlConfig(Section):
@@ -32,14 +40,14 @@ class EwcConfig(Section):
     """Elastic weight consolidation: ½ λ Σ F (θ − θ*)², summed over the given Fisher folders."""
 
     weight: float = Field(ge=0, allow_inf_nan=False, description="λ; 0 = off")
-    fisher: list[str] = Field(min_length=1, description="folders that `train fisher` wrote, one an older task")
+    fisher: Folders = Field(min_length=1, description="folders that `train fisher` wrote, one an older task")
 
 
 class OLoraConfig(Section):
     """O-LoRA: a new adapter orthogonal to the frozen ones of older tasks."""
 
     weight: float = Field(0.5, ge=0, allow_inf_nan=False, description="λ₁ of Σ |A_old A_newᵀ|")
-    previous: list[str] = Field(min_length=1, description="adapter folders of older tasks, in the order of training")
+    previous: Folders = Field(min_length=1, description="adapter folders of older tasks, in the order of training")
 
 
 class RunConfig(Section):
@@ -48,8 +56,8 @@ class RunConfig(Section):
     model: str | None = Field(None, description="folder or hub name of a causal language model, safetensors only")
     init: str | None = Field(None, description="instead of model: a config.json that random weights are made from")
     tokenizer: str | None = Field(None, description="folder or hub name; by default the model's")
-    data: list[str] = Field(min_length=1, description="manifest folder, or several")
-    eval_data: list[str] = Field(default_factory=list, description="manifests whose samples are only evaluated")
+    data: Folders = Field(min_length=1, description="manifest folder, or several")
+    eval_data: Folders = Field(default_factory=list, description="manifests whose samples are only evaluated")
     out: str = Field(description="run folder: checkpoints, the final model, what was seen")
     max_length: int | None = Field(
         None, gt=1, description="longest sample in tokens; by default, and at most, the model's context"
@@ -72,11 +80,6 @@ class RunConfig(Section):
     merge: bool = Field(False, description="beside the adapter, write the model with it merged")
     resume: bool = Field(True, description="go on from the newest whole checkpoint of `out`")
     base: str = Field(".", exclude=True, description="folder that paths are relative to; set by load()")
-
-    @field_validator("data", "eval_data", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("lora")
     @classmethod
@@ -185,7 +188,7 @@ class CoprConfig(AnswersConfig):
     gamma: float = Field(1.0, ge=0, allow_inf_nan=False, description="γ of the best answer's NLL")
     fit: Literal["mse", "kl"] = Field("mse", description="distance of log P_θ and log P*; kl is an ablation")
     reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of an answer: over its tokens")
-    buffers: list[str] = Field(default_factory=list, description="folders `buffer` of older stages, in their order")
+    buffers: Folders = Field(default_factory=list, description="folders `buffer` of older stages, in their order")
     constraint: Literal["dual", "fixed", "replay", "none"] = Field(
         "dual", description="what buffers are for: fixed: λ stays; replay: fitted as the current task; none: nothing"
     )

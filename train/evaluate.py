@@ -30,6 +30,7 @@ from curate.models.reward import OVERLAPS
 from curate.models.weights import stack
 from curate.settings import Section
 from train import metrics
+from train.config import Folders
 from train.folder import refuse_foreign, whole
 from train.plots import heat_map
 
@@ -47,7 +48,7 @@ Floats = NDArray[np.float64]
 class EvalConfig(Section):
     """What `train eval` takes."""
 
-    models: list[str] = Field(min_length=1, description="checkpoints in order; the first one is before training")
+    models: Folders = Field(min_length=1, description="checkpoints in order; the first one is before training")
     data: str = Field(description="manifest whose samples are answered, task by task")
     out: str = Field(description="folder of the results")
     metric: Literal["rouge_l", "exact", "contains"] = Field("rouge_l", description="score of an item, 0 to 1")

@@ -22,7 +22,7 @@ from torch import Tensor
 from curate.errors import InputError
 from curate.models.weights import model_folder, refuse_foreign_tokens, stack
 from curate.settings import Section
-from train.config import CftConfig
+from train.config import CftConfig, Folders
 from train.data import Examples
 from train.folder import refuse_foreign, whole
 from train.logprobs import token_logps
@@ -37,7 +37,7 @@ class FisherConfig(Section):
     """What `train fisher` takes."""
 
     model: str = Field(description="folder of the trained model, or of an adapter, which is merged into its base")
-    data: list[str] = Field(min_length=1, description="manifest that it was trained on")
+    data: Folders = Field(min_length=1, description="manifest that it was trained on")
     out: str = Field(description="folder of fisher.safetensors and anchor.safetensors")
     origins: tuple[Literal["current", "replay", "augmented"], ...] = Field(("current",), description="rows that count")
     samples: int | None = Field(None, gt=0, description="rows at most, drawn by the seed; by default all")

@@ -192,8 +192,8 @@ def _differences(out: Path, facts: Mapping[str, Any]) -> list[str]:
         found = [] if theirs["method"] == mine["method"] else [f"method is {theirs['method']}, here {mine['method']}"]
         for kind in ("settings", "training", "data", "inputs"):
             there, here = theirs[kind], mine[kind]
-            found += [f"{key} is {there.get(key)!r}, here {here.get(key)!r}" for key in sorted({*there, *here})
-                      if there.get(key) != here.get(key)]  # fmt: skip
+            found += [f"{key} is {there.get(key, 'not given')!r}, here {here.get(key, 'not given')!r}"
+                      for key in sorted({*there, *here}) if there.get(key) != here.get(key)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return found

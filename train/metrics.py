@@ -124,7 +124,8 @@ def knowledge_retention_ratio(before: ArrayLike, after: ArrayLike) -> float:
 def _r(scores: ArrayLike, at_least: int = 1) -> Matrix:
     r = np.asarray(scores, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] + 1:
-        raise ValueError(f"R must be [T+1, T] with row 0 = before training, not of shape {r.shape}")
+        raise ValueError(f"R must be [T+1, T] with row 0 = before training, not of shape {r.shape}: it takes the "
+                         "scores of T + 1 checkpoints on T tasks")  # fmt: skip
     if r.shape[1] < at_least:
         raise ValueError(f"this metric needs at least {at_least} tasks, R has {r.shape[1]}")
     return r
