@@ -1,5 +1,5 @@
-import json
 import csv
+import json
 import math
 import subprocess
 import sys
