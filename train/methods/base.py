@@ -48,6 +48,24 @@ class Method(Protocol):
         """Take up a checkpoint's state."""
 
 
+class Memoryless:
+    """A method that is its loss: no penalty, nothing that moves with the steps, nothing to store."""
+
+    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
+        """None."""
+        return None, {}
+
+    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Nothing moves."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take up."""
+
+
 def token_weights(batch: Batch) -> Tensor:
     """The weight of each token's sample, 0 for padding.   [n], [b, t] -> [b, t]"""
     segment = batch["segment"]

@@ -8,7 +8,6 @@ Each term beside the first is left out where its weight is 0, so that such a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from train.logprobs import Measure, token_values
 from train.losses.cft import ewc_penalty, kl_penalty, orthogonality, weighted_nll
-from train.methods.base import Batch, Logged, by_sample, token_weights, weighted_tokens
+from train.methods.base import Batch, Logged, Memoryless, by_sample, token_weights, weighted_tokens
 
 
 @dataclass
@@ -35,8 +34,10 @@ class Fisher:
 
 
 @dataclass
-class Cft:
+class Cft(Memoryless):
     """Weighted NLL with optional terms that hold the old tasks.
+
+    Fisher information, anchors and old adapters are inputs of the run, and named in its settings: nothing is stored.
 
     Attributes:
         kl: λ.
@@ -91,16 +92,6 @@ class Cft:
             logged["orthogonality"] = part.detach()
             total = self.orthogonal * part if total is None else total + self.orthogonal * part
         return total, logged
-
-    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Nothing moves with the steps."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: Fisher, anchors and old adapters are inputs of the run, and named in its settings."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take up."""
 
 
 def _of(mean: Tensor, normaliser: Tensor, own: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ from torch import Tensor
 from train.losses.cft import weighted_nll
 from train.losses.copr import dual_ascent, fit_loss, lagrangian
 from train.methods.answers import Grid, Reduction, answer_values, by_answer, lengths, of_answers, ordered
-from train.methods.base import Batch, Logged
+from train.methods.base import Batch, Logged, Memoryless
 
 Constraint = Literal["dual", "fixed", "replay", "none"]
 
 
 @dataclass
-class Copr:
+class Copr(Memoryless):
     """Attributes: as in `train.config.CoprConfig`, and
 
     tasks: names of the old tasks, whose buffers have the sources 1, 2, …; 0 is the current task.
@@ -95,10 +95,6 @@ class Copr:
             logged[f"constraint/{task}"] = torch.stack([parts[i + 1].detach() - self.d[i] * own[i + 2], own[i + 2]])
             logged[f"lambda/{task}"] = self.log_lambda[i].exp()
         return loss, logged
-
-    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
-        """None."""
-        return None, {}
 
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """The dual ascent, on what all processes met."""

@@ -8,7 +8,6 @@ and their departures from the papers: `train/losses/dpo.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +18,11 @@ from train.logprobs import Measure
 from train.losses.cft import kl_penalty, weighted_nll
 from train.losses.dpo import dpo_loss, ipo_loss
 from train.methods.answers import Grid, Reduction, answer_values, by_answer, lengths, of_answers, ordered
-from train.methods.base import Batch, Logged
+from train.methods.base import Batch, Logged, Memoryless
 
 
 @dataclass
-class Dpo:
+class Dpo(Memoryless):
     """Attributes: as in `train.losses.dpo` and `train.config.DpoConfig`."""
 
     loss_type: Literal["dpo", "ipo"] = "dpo"
@@ -71,17 +70,3 @@ class Dpo:
             loss = loss + self.kl * kl
             logged["kl"] = torch.stack([kl.detach() * normaliser[1], own[1].to(kl.dtype)])
         return loss, logged
-
-    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
-        """None."""
-        return None, {}
-
-    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Nothing moves with the steps."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take up."""

@@ -8,7 +8,6 @@ is held. The loss and its departures from the paper: `train/losses/pbl.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from train.losses.cft import weighted_nll
 from train.losses.pbl import preference_bias_loss
 from train.methods.answers import Grid, answer_values, by_answer, of_answers
-from train.methods.base import Batch, Logged
+from train.methods.base import Batch, Logged, Memoryless
 
 
 @dataclass
-class Pbl:
+class Pbl(Memoryless):
     """Attributes: as in `train.losses.pbl` and `train.config.PblConfig`."""
 
     threshold: float = 0.7
@@ -58,20 +57,6 @@ class Pbl:
             "rho_align": _mean(rho, grid.mask & aligned), "rho_conflict": _mean(rho, grid.mask & ~aligned),
         }  # fmt: skip
         return bias + self.gamma * nll, logged
-
-    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
-        """None."""
-        return None, {}
-
-    def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Nothing moves with the steps."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to take up."""
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
