@@ -62,11 +62,11 @@ def step_inputs(model: Any, mask: Tensor, length: int) -> dict[str, Tensor]:
 
 
 def cache_name(model: Any) -> str | None:
-    """The argument that takes a `Cache`; None where the model keeps its state in a way of its own."""
+    """The argument that takes a `Cache` (`cache` since transformers 5.24); None where a model keeps its state otherwise."""
     if model.config.model_type in ("recurrent_gemma", "xlstm", "minimax"):  # in modules; in classes of their own
         return None
     taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), None)
 
 
 class Roomy(DynamicLayer):
