@@ -62,7 +62,7 @@ def step_inputs(model: Any, mask: Tensor, length: int) -> dict[str, Tensor]:
 
 
 def cache_name(model: Any) -> str | None:
-    """The argument that takes a `Cache`, by its names old and new; None where a model keeps its state in its own way."""
+    """The argument that takes a `Cache`, whatever its name; None where a model keeps its state in its own way."""
     if model.config.model_type in ("recurrent_gemma", "xlstm", "minimax"):  # in modules; in classes of their own
         return None
     taken = inspect.signature(model.forward).parameters
