@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from train.logprobs import token_logps
-from train.prefix import Cost, batch_of, groups
+from train.prefix import Cost, batch_of, plan
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ((256, 64, 4, 1.8), (512, 64, 8, 3.0), (64, 256, 2, None))  # prompt, answer, J, bar
@@ -34,8 +34,8 @@ def one(model_name: str, p: int, c: int, j: int, layout: str, rounds: int) -> di
     rng = np.random.default_rng(0)
     prompt = rng.integers(5, 6000, p).astype(np.int32)
     answers = [rng.integers(5, 6000, c).astype(np.int32) for _ in range(j)]
-    rows = groups(p, [c] * j, layout, Cost.of(model))  # type: ignore[arg-type]
-    batch = batch_of([prompt], [answers], [rows])
+    rows = plan([p], [[c] * j], layout, Cost.of(model))  # type: ignore[arg-type]
+    batch = batch_of([prompt], [answers], rows)
     before, best, found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, float("inf"), torch.zeros(0)
     for _ in range(rounds):
         model.zero_grad()

@@ -16,7 +16,6 @@ import argparse
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ import polars as pl
 import torch
 import transformers
 import trl
+from clock import Clock, against, count
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from curate.build import build
@@ -37,37 +36,14 @@ from train.run import run
 from train.trainer import RehearseTrainer
 
 ROOT = Path(__file__).parent.parent
-WARM = 2  # steps of a run that are not counted
 
 
-class Clock(TrainerCallback):
-    """Tokens and time of the counted steps of whatever trainer runs."""
-
-    tokens, seconds, began = 0, 0.0, 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start counting after the warm-up."""
-        if state.global_step == WARM:
-            Clock.tokens, Clock.began = 0, time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The time so far."""
-        Clock.seconds = time.perf_counter() - Clock.began
-
-
-def counted(kind: type[Any]) -> None:
-    """Let a trainer class count the tokens that it is fed."""
-    plain = kind.compute_loss
-
-    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        if "segment" in inputs:
-            Clock.tokens += int((inputs["segment"] >= 0).sum())
-        else:
-            Clock.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        return plain(self, model, inputs, *args, **more)
-
-    kind.compute_loss = compute_loss
+def tokens_of(inputs: Any) -> int:
+    """Tokens of samples, padding not counted."""
+    if "segment" in inputs:
+        return int((inputs["segment"] >= 0).sum())
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
 def manifest(folder: Path) -> Path:
@@ -85,9 +61,8 @@ def main() -> None:
     for name, value in (("steps", 8), ("batch", 8), ("length", 512), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    DEFAULT_CALLBACKS.append(Clock)
-    counted(RehearseTrainer)
-    counted(SFTTrainer)
+    for trainer in (RehearseTrainer, SFTTrainer):
+        count(trainer, tokens_of)
     with tempfile.TemporaryDirectory() as place:
         measure(args, Path(place))
 
@@ -125,16 +100,14 @@ def measure(args: Any, place: Path) -> None:
         for name, go in runs.items():
             torch.manual_seed(0)
             go()
-            rates[name].append(Clock.tokens / Clock.seconds)
-            print(f"{name}: {Clock.tokens:,} tokens in {Clock.seconds:.1f} s", flush=True)
+            rates[name].append(Clock.units / Clock.seconds)
+            print(f"{name}: {Clock.units:,} tokens in {Clock.seconds:.1f} s", flush=True)
     print(f"\ntrl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, {args.dtype}, "
           f"{torch.get_num_threads()} threads, {platform.machine()}")  # fmt: skip
     print("| | tokens a second, median | ours against it, pair by pair: median (min to max) |\n| --- | --- | --- |")
     for name, each in rates.items():
         mine = rates["train cft, padding" if "padding" in name else "train cft, packing"]
-        ratios = [a / b for a, b in zip(mine, each, strict=True)]
-        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if "TRL" in name else "–"
-        print(f"| {name} | {statistics.median(each):,.0f} | {shown} |")
+        print(f"| {name} | {statistics.median(each):,.0f} | {against(mine, each) if 'TRL' in name else '–'} |")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,9 @@ class AnswersConfig(RunConfig):
         "before training"
     )  # fmt: skip
     layout: Literal["auto", "shared", "separate"] = Field(
-        "auto", description="answers share their prompt's row, or each has one; auto: what is cheaper"
+        "auto",
+        description="answers share their prompt's row, or each has one; auto: what is cheapest, prompts behind "
+        "one another included",
     )
     row_length: int | None = Field(4096, gt=1, description="tokens of a shared row at most; null = no limit")
 

@@ -2,7 +2,7 @@
 
 Writes `items.parquet` (one row a checkpoint and item, so that every number can be computed again), `matrix.csv` (R),
 `matrix.svg`, `left_out.parquet` where rows could not be scored, and last `metrics.json` with bootstrap intervals: a
-folder without it is not finished. Answers are greedy.
+folder without it is not finished. What is scored, and how: `train/scores.py`.
 
 In matrix.csv a name that begins with = + - or @ has an apostrophe before it: a spreadsheet would run it as a formula.
 """
@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from curate.errors import InputError
-from curate.manifest import Manifest, read
-from curate.models import LocalModel, ModelConfig, Prompt, Sampling
-from curate.models.reward import OVERLAPS
+from curate.manifest import read
+from curate.models import LocalModel, ModelConfig
 from curate.models.weights import stack
 from curate.settings import Section
 from train import metrics
 from train.config import Folders
 from train.folder import refuse_foreign, whole
 from train.plots import heat_map
+from train.scores import Metric, Score, score_of, usable_rows
 
 ITEMS: dict[str, Any] = {
     "checkpoint": pl.Int32, "model": pl.String, "uid": pl.String, "task": pl.String, "stage": pl.Int32,
@@ -51,8 +51,12 @@ class EvalConfig(Section):
     models: Folders = Field(min_length=1, description="checkpoints in order; the first one is before training")
     data: str = Field(description="manifest whose samples are answered, task by task")
     out: str = Field(description="folder of the results")
-    metric: Literal["rouge_l", "exact", "contains"] = Field("rouge_l", description="score of an item, 0 to 1")
+    metric: Metric = Field(
+        "rouge_l", description="score of an item, 0 to 1: of a greedy answer; ranking: pairs of ranked answers whose "
+        "better one is the likelier; ranking_change: the one that has gained more since the first checkpoint"
+    )  # fmt: skip
     max_new_tokens: int = Field(64, gt=0, description="longest answer in tokens")
+    reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of a ranked answer: over its tokens")
     per_task: int | None = Field(None, gt=0, description="items a task at most: the first by uid")
     upper: dict[str, float] | None = Field(None, description="score of each task trained alone, for the relative gain")
     batch_size: int = Field(32, gt=0, description="sequences a forward pass")
@@ -68,20 +72,23 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
         InputError: a model, the manifest, `upper` or `out` cannot be used, no row can be scored, nothing fits the
             context, or the disk is full.
     """
-    rows, left_out = _rows(read(config.data), config.per_task)
+    score = score_of(config.metric, config.max_new_tokens, config.reduction)
+    rows, left_out = usable_rows(score, read(config.data))
+    if config.per_task is not None:
+        rows = rows.filter(pl.int_range(pl.len()).over("task") < config.per_task)
     _check_upper(config.upper, rows["task"].unique().sort().to_list(), config.data)
     models = [_open(number, name, config) for number, name in enumerate(config.models)]
     out, read_from = Path(config.out), [part for model in models for part in stack(model.folder, model.where)]
     refuse_foreign(out, [*FILES, *(f".{name}" for name in FILES)], [Path(config.data), *read_from])
-    prompts = [Prompt(row["uid"], row["prompt"], row["tools"]) for row in rows.iter_rows(named=True)]
     for model, name in zip(models, config.models, strict=True):
-        _check_room(model, name, prompts, config)
+        score.check(model, name, rows)
     _make(out)
     if left_out.height:
-        say(f"{left_out.height:,} rows have nothing to be scored against and are left out: left_out.parquet")
+        why = left_out["reason"][0]
+        say(f"{left_out.height:,} rows cannot be scored ({why}) and are left out: left_out.parquet")
     parts: list[pl.DataFrame] = []
     for number, name in enumerate(config.models):
-        parts.append(_answers(models.pop(0), number, name, prompts, rows, config))  # none stays in memory
+        parts.append(_items(models.pop(0), number, name, rows, score))  # none stays in memory
         with _staged(out, "items.parquet") as file:  # at once: answers cost the most
             for old in FILES[:-1] if number == 0 else ():  # metrics.json first: it says that all are there
                 (out / old).unlink(missing_ok=True)
@@ -102,24 +109,6 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
         text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         file.write_text(text, encoding="utf-8")
     return found
-
-
-def _rows(manifest: Manifest, per_task: int | None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(rows that are answered, uid, task and reason of those that no answer could be scored on)."""
-    rows = manifest.samples.filter(pl.col("prompt").list.len() > 0, pl.col("origin") != "augmented")
-    if not rows.height:
-        raise InputError(f"{manifest.folder}: no sample with a prompt to answer")
-    scorable = pl.col("references").list.drop_nulls().list.len().fill_null(0) > 0
-    left_out = (
-        rows.filter(~scorable).sort("stage", "uid").select("uid", "task", pl.lit("no references").alias("reason"))
-    )
-    rows = rows.filter(scorable).sort("stage", "uid")
-    if not rows.height:
-        raise InputError(f"{manifest.folder}: none of {left_out.height:,} samples has references to be scored against",
-                         remedy="build the manifest from sources with references")  # fmt: skip
-    if per_task is not None:
-        rows = rows.filter(pl.int_range(pl.len()).over("task") < per_task)
-    return rows, left_out
 
 
 def _check_upper(upper: Mapping[str, float] | None, tasks: Sequence[str], data: str) -> None:
@@ -160,24 +149,8 @@ def _staged(out: Path, name: str) -> Iterator[Path]:
         os.replace(file, out / name)
 
 
-def _check_room(model: LocalModel, name: str, prompts: list[Prompt], config: EvalConfig) -> None:
-    short = [room is not None and room < config.max_new_tokens for room in model.room(prompts)]
-    if any(short):
-        first = prompts[short.index(True)].uid
-        raise InputError(
-            f"{config.data}: {sum(short):,} prompts leave {name!r} no room for {config.max_new_tokens} tokens, the "
-            f"first is uid {first}",
-            remedy="lower max_new_tokens, or leave such rows out of the manifest",
-        )
-
-
-def _answers(
-    model: LocalModel, number: int, name: str, prompts: list[Prompt], rows: pl.DataFrame, config: EvalConfig
-) -> pl.DataFrame:
-    sampling = Sampling(k=1, temperature=0, max_new_tokens=config.max_new_tokens)
-    texts = [some[0].text for some in model.generate(prompts, sampling)]
-    score = OVERLAPS[config.metric]
-    found = [score(text, references) for text, references in zip(texts, rows["references"].to_list(), strict=True)]
+def _items(model: LocalModel, number: int, name: str, rows: pl.DataFrame, score: Score) -> pl.DataFrame:
+    texts, found = score.of(model, rows)
     return rows.select("uid", "task", "stage").with_columns(
         checkpoint=pl.lit(number, dtype=pl.Int32), model=pl.lit(name), prediction=pl.Series(texts, dtype=pl.String),
         score=pl.Series(found, dtype=pl.Float64), correct=pl.Series([v >= 1.0 for v in found], dtype=pl.Boolean),

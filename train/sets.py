@@ -23,7 +23,7 @@ from curate.models.chat import answer_ids
 from train.data import Examples, check_fingerprints
 from train.mixing import Mixture
 from train.packing import Item, Items
-from train.prefix import Cost, Layout, batch_of, groups
+from train.prefix import Cost, Layout, batch_of, plan
 
 Kind = Literal["ranked", "compared"]
 PREFERRED = ("human", "annotated", "policy")  # whose ranking counts where a prompt has several
@@ -198,8 +198,8 @@ class SetCollator:
             prompts.append(whole[:first])
             answers.append([*mine, whole[first:]] if self.gold else mine)
             numbers.append([*sets.answers(row), -1] if self.gold else [*sets.answers(row)])
-        places = [groups(len(p), [len(a) for a in some], self.layout, self.cost, self.limit)
-                  for p, some in zip(prompts, answers, strict=True)]  # fmt: skip
+        sizes = [[len(a) for a in some] for some in answers]
+        places = plan([len(p) for p in prompts], sizes, self.layout, self.cost, self.limit)
         batch = batch_of(prompts, answers, places, self.pad)
         number = np.concatenate([np.array(n, np.int64) for n in numbers])
         gold = number < 0
@@ -221,15 +221,20 @@ def _prompts(manifest: Manifest) -> dict[str, Prompt]:
     return {uid: Prompt(uid, prompt, tools) for uid, prompt, tools in rows}
 
 
+def preferred(completions: pl.DataFrame) -> pl.DataFrame:
+    """The ranked answers that count: of people where a prompt has such, else of annotators, else of the policy."""
+    place = pl.col("origin").replace_strict(PREFERRED, range(3), default=None, return_dtype=pl.Int32)
+    rows = completions.with_columns(place=place).filter(pl.col("rank").is_not_null(), pl.col("place").is_not_null())
+    return rows.filter(pl.col("place") == pl.col("place").min().over("prompt_uid")).drop("place")
+
+
 def _answers(manifest: Manifest, kind: Kind) -> dict[str, list[dict[str, Any]]]:
     """Completions of each prompt that belong to its set, by uid."""
     rows = manifest.completions.select(*_READ)
     if kind == "compared":
         rows = rows.filter(pl.col("similarity").is_not_null(), pl.col("origin") == "policy")
     else:
-        place = pl.col("origin").replace_strict(PREFERRED, range(3), default=None, return_dtype=pl.Int32)
-        rows = rows.with_columns(place=place).filter(pl.col("rank").is_not_null(), pl.col("place").is_not_null())
-        rows = rows.filter(pl.col("place") == pl.col("place").min().over("prompt_uid"))
+        rows = preferred(rows)
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows.sort("prompt_uid", "uid").iter_rows(named=True):
         found.setdefault(row["prompt_uid"], []).append(row)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,9 +33,9 @@ from train.folder import checkpoints, mark, whole
 from train.methods.base import Method
 from train.models import adapters_kept
 from train.parallel import Whole, compile_layers, shards_on_cpus
+from train.tally import Tally
 
 STATE = "method.safetensors"
-Sums = dict[str, list[Tensor]]  # by name: pairs of a sum and how many it is of
 
 
 class RehearseTrainer(Trainer):
@@ -53,11 +52,9 @@ class RehearseTrainer(Trainer):
         self.method, self.identity = method, identity
         trained, measured = more["train_dataset"], more.get("eval_dataset")
         self.examples: Examples = trained.examples  # that batches point to: for losses by origin and task, and for uids
-        self.eval_examples: Examples = trained.examples if measured is None else measured.examples
         self.loss_is_scaled_for_ga = True  # the normaliser counts the whole step
         self.folder = Path(str(self.args.output_dir))
-        self.sums: Sums = defaultdict(list)
-        self.evaluated: Sums = defaultdict(list)
+        self.tally, self.evaluated = (Tally(d.examples) for d in (trained, trained if measured is None else measured))
         self.met: list[int] = []  # rows of the step so far, of this process
         self.tokens, self.clock = 0, time.monotonic()
         self.whole: Whole | None = None  # the parameters, where the model is sharded
@@ -110,7 +107,7 @@ class RehearseTrainer(Trainer):
             normaliser = self.method.size(inputs)
         loss, logged = self.method.loss(model, inputs, normaliser)
         if not model.training:
-            _by_group(self._once(logged["rows"], inputs), inputs, self.eval_examples, self.evaluated)
+            self.evaluated.add_rows(logged, inputs, lambda values: self._once(values, inputs))
             return (loss, {"loss": loss.detach()}) if return_outputs else loss
         penalty, more = self.method.penalty(self.whole or model)
         logged |= more
@@ -135,17 +132,19 @@ class RehearseTrainer(Trainer):
         new = max(0, last.remainder - self.args.process_index * size)
         if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
             return rows
+        if "prompt" in batch:  # several answers an item: a row of values is an item
+            return rows.index_fill(1, torch.arange(new, rows.shape[1], device=rows.device), 0)
         if len(batch["input_ids"]) != size:  # items without rows of their own: flash attention's packs
             return rows
         again = batch["segment"][new:].unique()
         return rows.index_fill(1, again[again >= 0], 0)
 
     def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
-        """NLL per target token over all rows, and by origin and task (the library's mean is over batches)."""
+        """The method's values over all rows, and by origin and task (the library's mean is over batches)."""
         began = time.monotonic()
         self.evaluated.clear()
         output = super().evaluation_loop(*args, **more)
-        found = self._means(self.evaluated, ["loss", *_groups(self.eval_examples)])
+        found = self.evaluated.means(self._total)
         prefix = more.get("metric_key_prefix", "eval")
         output = output._replace(metrics={**(output.metrics or {}), **{f"{prefix}_{k}": v for k, v in found.items()}})
         self.clock += time.monotonic() - began
@@ -156,11 +155,8 @@ class RehearseTrainer(Trainer):
         self.met += batch["row"].tolist()
         if not bool(torch.isfinite(loss.detach())):
             self._stop(f"the loss is {float(loss.detach())}; the batch held", batch["row"].tolist())
-        _by_group(logged.pop("rows"), batch, self.examples, self.sums)
-        for name, value in logged.items():
-            self.sums[name].append(
-                value.float() if value.dim() else torch.stack([value.float(), torch.ones_like(value)])
-            )
+        self.tally.add_rows(logged, batch)
+        self.tally.add_step(logged)
         self.tokens += int((batch["segment"] >= 0).sum())
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -182,28 +178,15 @@ class RehearseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
-        if self.sums and "loss" in logs:
-            names = sorted(n for n in self.sums if n != "loss" and not n.startswith("loss_"))
-            logs |= self._means(self.sums, [*names, *_groups(self.examples)])
+        if self.tally.rows and "loss" in logs:
+            logs |= self.tally.means(self._total) | {"loss": logs["loss"]}  # the library's, of steps
             seconds = max(time.monotonic() - self.clock, 1e-9)
             logs["tokens_per_second"] = self.tokens * self.args.world_size / seconds
             if (mfu := self._mfu(logs["tokens_per_second"])) is not None:
                 logs["mfu"] = mfu
-            self.sums.clear()
+            self.tally.clear()
             self.tokens, self.clock = 0, time.monotonic()
         super().log(logs, start_time)
-
-    def _means(self, sums: Sums, names: list[str]) -> dict[str, float]:
-        """Means over all processes, which must ask for the same names, as they gather together."""
-        found = {}
-        for name in names if self.args.world_size > 1 else [n for n in names if n in sums]:
-            parts = [each.to(self.args.device, torch.float32) for each in sums.get(name, [torch.zeros(2)])]
-            total = torch.stack(parts).sum(0)
-            if self.args.world_size > 1:
-                total = self.accelerator.gather(total[None]).sum(0)
-            if float(total[1]) > 0:
-                found[name] = float(total[0] / total[1])
-        return found
 
     def _mfu(self, rate: float) -> float | None:
         """Share of the GPU's peak that the weights' products take; None where the peak is not known."""
@@ -293,22 +276,6 @@ def _operations(model: Any) -> float:
         table = set()
     counted = [p for p in inner.parameters() if id(p) not in table]
     return float(sum((6 if p.requires_grad else 4) * p.numel() for p in counted))
-
-
-def _groups(examples: Examples) -> list[str]:
-    """Names of the losses by origin and by task."""
-    named = (("origin", examples.origin_names), ("task", examples.task_names))
-    return [f"loss_{kind}/{name}" for kind, names in named for name in names]
-
-
-def _by_group(losses: Tensor, batch: Any, examples: Examples, sums: Sums) -> None:
-    """Add the losses of a batch's rows [2, n], and how many they are of: in all, by origin and by task."""
-    both, rows = losses.detach().cpu(), batch["row"].cpu().numpy()
-    sums["loss"].append(both.sum(1))
-    for kind, codes, names in (("origin", examples.origin, examples.origin_names),
-                               ("task", examples.task, examples.task_names)):  # fmt: skip
-        for code in sorted(set(codes[rows].tolist())):
-            sums[f"loss_{kind}/{names[code]}"].append(both[:, codes[rows] == code].sum(1))
 
 
 class _AfterStep(TrainerCallback):

@@ -1,5 +1,6 @@
 """Whole runs on two processes, DDP and FSDP2, against one process; compiled layers, and activations computed again."""
 
+import gzip
 import json
 import os
 import shutil
@@ -19,9 +20,9 @@ from torch._inductor.exc import InvalidCxxCompiler
 from curate.build import build
 from curate.errors import InputError
 from train import parallel
-from train.config import CftConfig, CptConfig, load
+from train.config import load
 from train.folder import checkpoints
-from train.run import run
+from train.run import CONFIGS, run
 
 pytestmark = pytest.mark.xdist_group("distributed")  # they share runs that take long to start
 
@@ -39,7 +40,10 @@ SHORT = {  # name -> command and settings; three steps, a process and two sharde
     "cpt": ("cpt", "pack_length=128", "packing=true", "gradient_checkpointing=true"),
     "half": ("cft", "save_dtype=bfloat16"),
     "bf16": ("cft", "bf16=true", "kl.weight=1"),
-}
+    "copr": ("copr", "model=FOLDER/first/model", "data=FOLDER/ranked", "buffers=FOLDER/first/buffer", "rate=1",
+             "reference=measure", "gradient_accumulation_steps=2", "eval_data=FOLDER/ranked", "eval_strategy=steps",
+             "eval_steps=3", "per_device_eval_batch_size=4"),
+}  # fmt: skip
 PAIR = """
 import json, os, sys
 from pathlib import Path
@@ -98,6 +102,11 @@ def place(tmp_path_factory):
     save_file({k: torch.rand_like(v) for k, v in before.items()}, folder / "fisher/fisher.safetensors")
     save_file(before, folder / "fisher/anchor.safetensors")
     trained(folder, "old", "cft", *ADAPTER, "max_steps=2")
+    with gzip.open(ROOT / "examples/ranked/qa_feedback.jsonl.gz", "rt") as file:
+        (folder / "ranked.jsonl").write_text("".join([line for line in file if '"train"' in line][:13]))
+    task = {"name": "qa", "path": str(folder / "ranked.jsonl"), "format": "ranked", "columns": {"prompt": "question"}}
+    build({"tasks": [task], "replay": {"selector": "none"}, "out": str(folder / "ranked")})
+    trained(folder, "first", "copr", f"data={folder / 'ranked'}", "reference=measure", "keep=0.4", "max_steps=2")
     return folder
 
 
@@ -110,8 +119,7 @@ def settings(place, out, command, *words, each=4):
 
 
 def trained(place, out, command, *words):
-    config = CftConfig if command == "cft" else CptConfig
-    return weights(run(command, *load(config, None, settings(place, out, command, *words)), quiet=True))
+    return weights(run(command, *load(CONFIGS[command], None, settings(place, out, command, *words)), quiet=True))
 
 
 def weights(folder):
@@ -159,7 +167,12 @@ def pairs(place, fsdp):
     shutil.rmtree(place / "resumed/checkpoint-20")
     (place / "resumed/log.jsonl").unlink()
     twenty = ("cft", "max_steps=20", f"eval_data={place / 'data'}", *EVALUATED)
-    runs = [("ddp", False, *twenty), ("resumed", True, *twenty), ("merged", True, "cft", *ADAPTER, "merge=true")]
+    runs = [
+        ("ddp", False, *twenty),
+        ("copr_ddp", False, *SHORT["copr"]),
+        ("resumed", True, *twenty),
+        ("merged", True, "cft", *ADAPTER, "merge=true"),
+    ]
     runs += [(f"{name}2", True, *words) for name, words in SHORT.items()]
     (place / "runs.json").write_text(json.dumps(
         [(out, sharded, name, *settings(place, out, name, *words, each=2)) for out, sharded, name, *words in runs]
@@ -207,9 +220,24 @@ def test_the_terms_of_a_sharded_run_are_those_of_a_whole_one(place, pairs, name)
     assert found.keys() == shared.keys()
     for key, value in found.items() if name != "bf16" else ():  # whose products round otherwise, and Adam takes signs
         torch.testing.assert_close(shared[key], value, rtol=step, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
-    for key in ("loss", "kl", "ewc", "orthogonality"):
+    for key in ("loss", "kl", "ewc", "orthogonality", "constraint/qa"):
         assert log(place / f"{name}2", key) == pytest.approx(log(place / name, key), rel=1e-3, abs=1e-4), key
     assert json.loads((place / f"{name}2/run.json").read_text())["training"]["sharded"]
+
+
+def test_two_processes_agree_on_the_dual(place, pairs):
+    # DDP with each process its own copy of lambda, FSDP2, and one process: the same constraint, so the same lambda
+    trained(place, "copr", *SHORT["copr"])
+    alone = load_file(checkpoints(place / "copr")[-1] / "method.safetensors")
+    assert abs(alone["log_lambda"].item()) > 1e-3, "it has moved"
+    for out in ("copr2", "copr_ddp"):
+        found = load_file(checkpoints(place / out)[-1] / "method.safetensors")
+        assert found["log_lambda"].item() == pytest.approx(alone["log_lambda"].item(), rel=1e-3)
+        assert found["d"].item() == pytest.approx(alone["d"].item(), rel=1e-5)
+        for key in ("fit", "constraint/qa", "lambda/qa", "accuracy", "eval_loss", "eval_accuracy"):
+            assert log(place / out, key) == pytest.approx(log(place / "copr", key), rel=1e-3, abs=1e-5), (out, key)
+    # thirteen prompts in batches of four: the three that the library repeats, to fill the last one, count once
+    assert log(place / "copr", "eval_accuracy")[-1] == log(place / "copr", "eval_accuracy_task/qa")[-1]
 
 
 # --- what stops ---

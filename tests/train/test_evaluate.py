@@ -1,6 +1,7 @@
 """Evaluation and Fisher information on real rows with real checkpoints."""
 
 import errno
+import gzip
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from curate.build import build
 from curate.errors import InputError
 from curate.manifest import read
-from curate.models import LocalModel
+from curate.models import LocalModel, ModelConfig, Prompt
 from train.evaluate import EvalConfig, evaluate, matrix, summary
 from train.fisher import FisherConfig, estimate, fisher
 from train.models import read_fisher, read_fishers
@@ -109,6 +110,84 @@ def test_a_checkpoint_is_scored_item_by_item(held_out, tmp_path):
     assert (tmp_path / "out/matrix.csv").read_text().splitlines()[0] == "checkpoint,sentiment_analysis,misc"
     picture = (tmp_path / "out/matrix.svg").read_text()
     assert "sentiment_analysis" in picture and "rouge_l of each task by each checkpoint" in picture
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Ten questions with four ranked answers, and pairs of answers: a stream of two tasks."""
+    folder = tmp_path_factory.mktemp("ranked")
+    with gzip.open(ROOT / "examples/ranked/qa_feedback.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    pairs = [{"prompt": f"Say {w}.", "chosen": w, "rejected": f"{w} {w} {w}"} for w in ("yes", "no", "maybe")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    tasks = [
+        {"name": "qa", "path": str(folder / "qa.jsonl"), "format": "ranked", "columns": {"prompt": "question"}},
+        {"name": "pairs", "path": str(folder / "pairs.jsonl"), "format": "preference"},
+    ]
+    build({"tasks": tasks, "replay": {"selector": "random", "ratio": 100}, "out": str(folder / "data")})
+    return folder
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_ranked_answers_are_scored_by_pairs(ranked, tmp_path, reduction):
+    evaluate(EvalConfig.model_validate(
+        {"models": STARTER, "data": str(ranked / "data"), "out": str(tmp_path / "out"), "metric": "ranking",
+         "reduction": reduction}))  # fmt: skip
+    table = pl.read_parquet(tmp_path / "out/items.parquet")
+    manifest = read(ranked / "data")
+    model = LocalModel(ModelConfig.model_validate({"model": STARTER}))
+    prompts = {row["uid"]: Prompt(row["uid"], row["prompt"], row["tools"]) for row in manifest.samples.to_dicts()}
+    tied = 0
+    for row in table.iter_rows(named=True):
+        answers = manifest.completions.filter(prompt_uid=row["uid"]).to_dicts()
+        found = model.score([(prompts[row["uid"]], [{"role": "assistant", "content": a["text"]}]) for a in answers])
+        value = [sum(c.token_logps) / (1 if reduction == "sum" else c.n_tokens) for c in found]
+        pairs = [(i, j) for i, a in enumerate(answers) for j, b in enumerate(answers) if a["rank"] < b["rank"]]
+        right = sum(value[i] > value[j] for i, j in pairs)
+        assert row["score"] == pytest.approx(right / len(pairs))
+        assert row["prediction"] == answers[int(np.argmax(value))]["text"]
+        tied += len(pairs) not in (1, 6)
+    assert table["task"].value_counts().sort("task")["count"].to_list() == [3, 10] and tied, "ties make no pair"
+
+
+def test_the_change_of_ranked_answers_begins_at_a_half(ranked, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    moved = tmp_path / "moved"
+    shutil.copytree(STARTER, moved)
+    model = AutoModelForCausalLM.from_pretrained(STARTER, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)
+    model.save_pretrained(moved)
+    found = evaluate(EvalConfig.model_validate(
+        {"models": [STARTER, str(moved), STARTER], "data": str(ranked / "data"), "out": str(tmp_path / "out"),
+         "metric": "ranking_change"}))  # fmt: skip
+    table = pl.read_parquet(tmp_path / "out/items.parquet")
+    first, second, third = (table.filter(checkpoint=i)["score"] for i in (0, 1, 2))
+    assert set(first) == set(third) == {0.5} and 0.5 not in set(second.head(3)), "nothing changed; all did"
+    # what the second checkpoint had gained on the first task, the third has lost
+    of = table.filter(checkpoint=1, task=found["tasks"][0])["score"].mean()
+    assert found["backward_transfer"]["value"] == pytest.approx(0.5 - of)
+
+
+def test_rows_without_ranked_answers_are_told(held_out, tmp_path):
+    with pytest.raises(InputError, match=r"none of .* samples can be scored: no two answers of unlike rank"):
+        evaluate(EvalConfig.model_validate(
+            {"models": STARTER, "data": str(held_out / "data"), "out": str(tmp_path / "out"),
+             "metric": "ranking"}))  # fmt: skip
+
+
+def test_ranked_answers_that_do_not_fit_are_told(ranked, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "Count.", "chosen": "one " * 1100, "rejected": "no"}) + "\n"
+    )
+    task = {"name": "long", "path": str(tmp_path / "rows.jsonl"), "format": "preference"}
+    build({"tasks": [task], "replay": {"selector": "none"}, "out": str(tmp_path / "data")})
+    with pytest.raises(InputError, match=r"1 answers do not fit .* of uid [0-9a-f]{32}"):
+        evaluate(EvalConfig.model_validate(
+            {"models": STARTER, "data": str(tmp_path / "data"), "out": str(tmp_path / "out"),
+             "metric": "ranking"}))  # fmt: skip
 
 
 def test_the_heat_map_shows_every_score_and_is_the_same_twice(tmp_path):
@@ -250,12 +329,12 @@ def test_rows_without_references_are_left_out_and_listed(start, held_out, tmp_pa
         found = evaluate(EvalConfig.model_validate(
             {"models": [str(start)], "data": str(held_out / "data"), "out": str(tmp_path / "out"), "per_task": 2,
              "max_new_tokens": 2}), said.append)  # fmt: skip
-        assert found["left_out"] == 3 and "3 rows have nothing" in said[0]
+        assert found["left_out"] == 3 and "3 rows cannot be scored (no references)" in said[0]
         items = pl.read_parquet(tmp_path / "out/items.parquet")
         assert items.height == 4 and not items["score"].is_nan().any() and not set(items["uid"]) & set(mute)
         assert pl.read_parquet(tmp_path / "out/left_out.parquet").rows() == [(u, "misc", "no references") for u in mute]
     monkeypatch.setattr("train.evaluate.read", lambda _: without(manifest.samples["uid"], none))
-    with pytest.raises(InputError, match=r"none of .* samples has references"):
+    with pytest.raises(InputError, match=r"none of .* samples can be scored: no references"):
         evaluation(start, held_out, tmp_path / "none")
     monkeypatch.setattr("train.evaluate.read", lambda _: manifest)
     assert evaluation(start, held_out, tmp_path / "out")["left_out"] == 0

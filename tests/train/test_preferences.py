@@ -144,7 +144,7 @@ def test_ordered_pairs_by_hand():
     right, all_ = ordered(
         torch.tensor([[-2.0, -1.0, -3.0]]), torch.tensor([[1, 2, 2]]), torch.ones(1, 3, dtype=torch.bool)
     )
-    assert (right.item(), all_.item()) == (1, 2)
+    assert (right.tolist(), all_.tolist()) == ([1], [2])
 
 
 # --- methods ---
@@ -206,6 +206,26 @@ def test_copr_begins_at_its_closed_form_and_leaves_a_buffer(ranked, tmp_path):
         read_buffer(tmp_path / "out", tokenizer, 0.5, "sum", ends={1})
 
 
+@pytest.mark.parametrize(("fit", "reduction", "gamma"), [("kl", "sum", 1), ("mse", "mean", 1), ("mse", "sum", 0)])
+def test_ablations_begin_at_their_closed_forms(ranked, tmp_path, fit, reduction, gamma):
+    first, *_ = trained("copr", ranked, tmp_path / "out", f"fit={fit}", f"reduction={reduction}", f"gamma={gamma}",
+                        "beta=0.5", "per_device_train_batch_size=12", "max_steps=1", "keep=0")  # fmt: skip
+    _, sets = sets_of("copr", ranked)
+    closed = []
+    for row in range(len(sets)):
+        at = slice(int(sets.bounds[row]), int(sets.bounds[row + 1]))
+        n = np.array([len(t) for t in sets.tokens[at]]) if reduction == "mean" else 1
+        ref = torch.from_numpy(sets.logps[at] / n).log_softmax(0)
+        r = torch.tensor([draw_scale(sets.rows.uid[row], len(ref), 42)], dtype=torch.float64)
+        a = advantages(torch.from_numpy(sets.rank[at].astype(np.int64))[None], r)[0] / 0.5
+        best = (ref + a).log_softmax(0)  # P*
+        gap = ref - best
+        closed.append((gap.square().mean() if fit == "mse" else -(best.exp() * gap).sum()).item())
+    assert first["fit"] == pytest.approx(np.mean(closed), rel=1e-3)
+    assert first["loss"] == pytest.approx(np.mean(closed) + gamma * first["nll"], rel=1e-3)
+    assert not (tmp_path / "out/buffer").exists(), "keep=0"
+
+
 @pytest.fixture(scope="module")
 def first_stage(ranked, tmp_path_factory):
     out = tmp_path_factory.mktemp("stage") / "one"
@@ -254,6 +274,28 @@ def test_the_dual_resumes_bit_for_bit(ranked, first_stage, tmp_path):
     assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "again/model"))
     a, b = (load_file(tmp_path / f"{n}/checkpoint-3/method.safetensors") for n in ("whole", "again"))
     assert all(torch.equal(a[k], b[k]) for k in a) and a["log_lambda"].item() != 0
+
+
+def test_what_buffers_are_for(ranked, first_stage, tmp_path):
+    def logged(constraint, *words):
+        lines = second(ranked, tmp_path / constraint, first_stage, f"constraint={constraint}", "rate=1", *words)
+        return [line for line in lines if "loss" in line]
+
+    fixed, replay = logged("fixed", "initial=2"), logged("replay")
+    assert [line["lambda/qa"] for line in fixed] == [2, 2, 2]
+    # L = (J + λ J^C)/(1 + λ) at every step
+    for line in fixed:
+        expected = (line["fit"] + line["nll"] + 2 * line["constraint/qa"]) / 3
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+    assert not any(key.startswith(("lambda", "constraint")) for line in replay for key in line)
+    assert all(line["loss"] == pytest.approx(line["fit"] + line["nll"], rel=1e-4) for line in replay)
+    assert all("loss_origin/replay" in line for line in replay), "they are trained on"
+    # none: as if there were no buffers
+    words = (f"model={first_stage / 'model'}", "reference=measure", "beta=0.5")
+    none = trained("copr", ranked, tmp_path / "none", *words, f"buffers={first_stage / 'buffer'}", "constraint=none")
+    bare = trained("copr", ranked, tmp_path / "bare", *words)
+    assert [line.get("loss") for line in none] == [line.get("loss") for line in bare]
+    assert same(weights(tmp_path / "none/model"), weights(tmp_path / "bare/model"))
 
 
 def test_violated_grows_satisfied_shrinks_and_steps_without_rows_leave_lambda_alone():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.logprobs import sequence_logps, token_logps
-from train.prefix import Cost, batch_of, groups, shares_prefixes
+from train.prefix import Cost, batch_of, groups, plan, shares_prefixes
 
 
 def ids(*tokens):
@@ -26,7 +26,7 @@ def model():
 
 
 def test_two_answers_in_a_row_by_hand():
-    batch = batch_of([ids(1, 2, 3)], [[ids(7, 8), ids(9)]], [[[0, 1]]])
+    batch = batch_of([ids(1, 2, 3)], [[ids(7, 8), ids(9)]], [[(0, [0, 1])]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 8, 3, 9]], "the prompt's last token stands before each answer"
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3]]
     assert batch["segment"].tolist() == [[-1, -1, -1, 0, 0, -1, 1]]
@@ -39,24 +39,54 @@ def test_two_answers_in_a_row_by_hand():
 
 
 def test_one_row_an_answer_needs_no_block_mask():
-    batch = batch_of([ids(1, 2), ids(4)], [[ids(7)], [ids(8, 9), ids(5)]], [[[0]], [[0], [1]]], pad=0)
+    batch = batch_of([ids(1, 2), ids(4)], [[ids(7)], [ids(8, 9), ids(5)]], [[(0, [0])], [(1, [0])], [(1, [1])]], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 7], [4, 8, 9], [4, 5, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert batch["segment"].tolist() == [[-1, -1, 0], [-1, 1, 1], [-1, 2, -1]], "answers are counted over all prompts"
 
 
+def test_two_prompts_in_a_row_by_hand():
+    batch = batch_of([ids(1, 2), ids(4)], [[ids(7)], [ids(8), ids(5)]], [[(1, [0, 1]), (0, [0])]])
+    assert batch["input_ids"].tolist() == [[4, 8, 4, 5, 1, 2, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1, 2]]
+    assert batch["segment"].tolist() == [[-1, 1, -1, 2, -1, -1, 0]], "answers are counted over all prompts"
+    assert batch["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1],
+    ]  # fmt: skip
+
+
 def test_groups():
-    cost = Cost(attention=1e-3, mask=2.0)
-    assert groups(10, [5, 5, 5], "separate", cost) == [[0], [1], [2]]
-    assert groups(10, [5, 5, 5], "shared", cost) == [[0, 1, 2]]
+    assert groups(10, [5, 5, 5]) == [[0, 1, 2]]
     # 9 of the prompt + 6 + 6 = 21 fit into 21, a third answer does not; an answer that fits nowhere gets a row
-    assert groups(10, [5, 5, 5], "shared", cost, limit=21) == [[0, 1], [2]]
-    assert groups(10, [50, 5, 5], "shared", cost, limit=21) == [[0], [1, 2]]
-    assert groups(10, [5], "auto", cost) == [[0]]
+    assert groups(10, [5, 5, 5], limit=21) == [[0, 1], [2]]
+    assert groups(10, [50, 5, 5], limit=21) == [[0], [1, 2]]
+
+
+def test_what_is_cheapest():
+    cost = Cost(attention=1e-3, mask=2.0)
+    assert plan([10], [[5, 5, 5]], "separate", cost) == [[(0, [0])], [(0, [1])], [(0, [2])]]
+    assert plan([10], [[5, 5, 5]], "shared", cost) == [[(0, [0, 1, 2])]]
+    assert plan([10], [[5]], "auto", cost) == [[(0, [0])]]
     # 256 and 4 × 64: shared 255 + 4 · 65 = 515 tokens, 515 + 2e-3 · 515² = 1,045; separate 4 · 422 = 1,690
-    assert len(groups(256, [64] * 4, "auto", cost)) == 1
+    assert len(plan([256], [[64] * 4], "auto", cost)) == 1
     # 8 and 2 × 256: shared 521 + 2e-3 · 521² = 1,064; separate 2 · (264 + 1e-3 · 264²) = 667
-    assert len(groups(8, [256] * 2, "auto", cost)) == 2
+    assert len(plan([8], [[256] * 2], "auto", cost)) == 2
+    # 1 and 99, 20, 20, 20, 20: a row each is padded to 100, 5 · (100 + 1e-3 · 100²) = 550; behind one another they are
+    # 100 and 4 · 21 = 84 tokens, 2 · (100 + 2e-3 · 100²) = 240; all in one, 99 + 4 · 20 + 5 = 184 + 2e-3 · 184² = 252
+    assert plan([1], [[99, 20, 20, 20, 20]], "auto", cost) == [[(0, [0])], [(0, [1]), (0, [2]), (0, [3]), (0, [4])]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(1, 40), max_size=4)), min_size=1, max_size=6),
+       st.integers(40, 120) | st.none(), st.sampled_from(["auto", "shared", "separate"]))  # fmt: skip
+def test_every_answer_has_one_place_and_rows_fit(shapes, limit, layout):
+    prompts, answers = [p for p, _ in shapes], [some for _, some in shapes]
+    rows = plan(prompts, answers, layout, Cost(), limit)
+    places = sorted((k, i) for row in rows for k, some in row for i in some)
+    assert places == [(k, i) for k, some in enumerate(answers) for i in range(len(some))]
+    for row in rows if limit else ():
+        size = sum(max(prompts[k] - 1, 0) + sum(answers[k][i] + 1 for i in some) for k, some in row)
+        assert size <= max(limit, max(max(p - 1, 0) + n + 1 for p, some in shapes for n in some))
 
 
 def logps_and_gradient(model, prompts, answers, rows):
@@ -79,19 +109,24 @@ def test_shared_and_split_rows_say_what_separate_rows_say(model, shapes, limit, 
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 50, p).astype(np.int32) for p, _ in shapes]
     answers = [[rng.integers(1, 50, n).astype(np.int32) for n in some] for _, some in shapes]
-    how = {"separate": None, "shared": None, "split": limit}
+    sizes = [p for p, _ in shapes], [some for _, some in shapes]
+    how = {
+        "separate": ("separate", None),
+        "shared": ("shared", None),
+        "split": ("shared", limit),
+        "auto": ("auto", limit),
+    }
     found = {
-        name: logps_and_gradient(model, prompts, answers, [
-            groups(p, some, "separate" if name == "separate" else "shared", Cost(), most) for p, some in shapes])
-        for name, most in how.items()
-    }  # fmt: skip
-    for name in ("shared", "split"):
+        name: logps_and_gradient(model, prompts, answers, plan(*sizes, layout, Cost(), most))
+        for name, (layout, most) in how.items()
+    }
+    for name in ("shared", "split", "auto"):
         for a, b in zip(found[name], found["separate"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_prompt_predicts_from_the_first_token_of_the_answer():
-    batch = batch_of([ids()], [[ids(7, 8), ids(9, 5)]], [[[0, 1]]])
+    batch = batch_of([ids()], [[ids(7, 8), ids(9, 5)]], [[(0, [0, 1])]])
     assert batch["input_ids"].tolist() == [[7, 8, 9, 5]]
     assert batch["loss_mask"].int().tolist() == [[0, 1, 0, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]

@@ -73,7 +73,7 @@ def by_answer(batch: Batch, values: Tensor) -> Tensor:
 
 
 def ordered(logps: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
-    """[2]: pairs of unlike rank whose better answer is the likelier one, and all such pairs.   three times [b, j]"""
+    """[2, b]: a prompt's pairs of unlike rank whose better answer is the likelier one, and all such.   thrice [b, j]"""
     pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     right = pairs & (logps[:, :, None] > logps[:, None, :])
-    return torch.stack([right.sum(), pairs.sum()]).float()
+    return torch.stack([right.sum(dim=(1, 2)), pairs.sum(dim=(1, 2))]).float()

@@ -13,8 +13,8 @@ Batch = Mapping[str, Tensor]
 
 
 Logged = dict[str, Tensor]
-"""What a pass reports: a number, or [2]: a sum and how many it is of. `rows` [2, n]: loss of each of the batch's rows
-and how many it is of, for the losses by origin and task."""
+"""What a pass reports: a number, or [2]: a sum and how many it is of, or [2, n]: the same of each of the batch's rows,
+which is logged by origin and task too. `loss` is of rows."""
 
 
 class Method(Protocol):

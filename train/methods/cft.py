@@ -66,7 +66,7 @@ class Cft(Memoryless):
         measures: tuple[Measure, ...] = ("logps", "kl") if self.kl and model.training else ("logps",)
         found = token_values(model, batch, measures, reference=self.reference)  # one pass of the model for both
         loss = weighted_nll(found["logps"], mask, weight, normaliser[0])
-        logged = {"rows": by_sample(-found["logps"].detach(), batch), "nll": _of(loss, normaliser[0], own)}
+        logged = {"loss": by_sample(-found["logps"].detach(), batch), "nll": _of(loss, normaliser[0], own)}
         if "kl" in found:
             kl = kl_penalty(found["kl"], mask, weight, normaliser[0])
             loss, logged["kl"] = loss + self.kl * kl, _of(kl, normaliser[0], own)

@@ -86,7 +86,7 @@ class Copr(Memoryless):
         loss = lagrangian(means[0] + self.gamma * nll, constraints, self.log_lambda.to(means))
         ranks = grid(batch["rank"])
         logged = {
-            "rows": torch.stack([each.detach(), torch.ones_like(each)]),
+            "loss": torch.stack([each.detach(), torch.ones_like(each)]),
             "fit": torch.stack([parts[0].detach(), own[0].to(parts.dtype)]),
             "nll": torch.stack([nll.detach() * normaliser[1], own[1].to(nll.dtype)]),
             "accuracy": ordered(grid(logps).detach(), ranks, grid.mask),

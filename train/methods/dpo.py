@@ -55,7 +55,7 @@ class Dpo(Memoryless):
             each = ipo_loss(now, before, ranks, self.beta, grid.mask)
         loss = (weight * each).sum() / normaliser[0].clamp_min(1e-12)
         logged = {
-            "rows": torch.stack([each.detach(), torch.ones_like(each)]),
+            "loss": torch.stack([each.detach(), torch.ones_like(each)]),
             "preference": torch.stack([loss.detach() * normaliser[0], own[0].to(loss.dtype)]),
             "accuracy": ordered(now.detach(), ranks, grid.mask),
             "accuracy_of_change": ordered((now - before).detach(), ranks, grid.mask),

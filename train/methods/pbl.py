@@ -51,7 +51,7 @@ class Pbl(Memoryless):
                            by_answer(batch, weight[batch["prompt"]]), normaliser[1])  # fmt: skip
         rho = (now - ref).detach()
         logged = {
-            "rows": torch.stack([each.detach(), torch.ones_like(each)]),
+            "loss": torch.stack([each.detach(), torch.ones_like(each)]),
             "bias": torch.stack([bias.detach() * normaliser[0], own[0].to(bias.dtype)]),
             "nll": torch.stack([nll.detach() * normaliser[1], own[1].to(nll.dtype)]),
             "rho_align": _mean(rho, grid.mask & aligned), "rho_conflict": _mean(rho, grid.mask & ~aligned),
