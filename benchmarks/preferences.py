@@ -3,7 +3,7 @@
     python benchmarks/preferences.py FOLDER [--model examples/starter] [--seeds 3] [--arms sft,dpo,copr-none,copr]
 
 FOLDER holds ranked/qa_feedback_ranked.jsonl.gz (four answers a question), hh/harmless-base-train.jsonl.gz and
-pref/pandalm_human_pairs.jsonl.gz (pairs): all ranked by people. 200 prompts of each are trained on and 60 others are
+pref/pandalm_human_pairs.jsonl.gz (pairs): all ranked by people. 150 prompts of each are trained on and 60 others are
 held out, those of one prompt on one side. A seed decides which prompts, their order and r_x; the arms share them.
 
 Each arm runs through `train` as a user would run it, stage by stage from the model before. A tenth of an older task
@@ -32,7 +32,7 @@ from train.run import run
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("long_form_qa", "harmless", "instructions")
-TRAINED, HELD_OUT, REPLAYED = 200, 60, 20
+TRAINED, HELD_OUT, REPLAYED = 150, 60, 15
 CONFIGS = {"cft": CftConfig, "dpo": DpoConfig, "copr": CoprConfig}
 ARMS: dict[str, tuple[str, list[str]]] = {
     "sft": ("cft", []),
@@ -132,7 +132,14 @@ def train_arm(arm: str, folder: Path, model: str, seed: int, words: list[str], f
 
 def measured(models: list[str], data: Path, out: Path, metric: str) -> tuple[list[list[float]], dict[str, Any]]:
     """(R, its metrics)."""
-    given = {"models": models, "data": str(data), "out": str(out), "metric": metric, "batch_size": 64}
+    given = {
+        "models": models,
+        "data": str(data),
+        "out": str(out),
+        "metric": metric,
+        "batch_size": 64,
+        "per_task": HELD_OUT,
+    }
     found = evaluate(EvalConfig.model_validate(given))
     lines = (out / "matrix.csv").read_text().splitlines()
     order = lines[0].split(",")[1:]
@@ -176,8 +183,9 @@ def main() -> None:
                 start = time.monotonic()
                 models = train_arm(arm, folder, args.model, seed, words, first)
                 took = time.monotonic() - start
-                for side, data in (("held out", test), ("trained on", seen)):
-                    for metric in ("ranking", "ranking_change"):
+                for side, data, metrics in (("held out", test, ("ranking", "ranking_change")),
+                                            ("trained on", seen, ("ranking_change",))):  # fmt: skip
+                    for metric in metrics:
                         r, found = measured(models, data, folder / f"{arm}-{side}-{metric}", metric)
                         results.setdefault(f"{side}, {metric}, {arm}", []).append({"R": r, **found})
                         shown = " · ".join(" ".join(f"{v:.3f}" for v in line) for line in r)

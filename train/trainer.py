@@ -133,7 +133,7 @@ class RehearseTrainer(Trainer):
         if self.args.world_size == 1 or not last.end_of_dataloader or last.remainder <= 0:
             return rows
         if "prompt" in batch:  # several answers an item: a row of values is an item
-            return rows.index_fill(1, torch.arange(new, rows.shape[1], device=rows.device), 0)
+            return torch.cat([rows[:, :new], torch.zeros_like(rows[:, new:])], dim=1)
         if len(batch["input_ids"]) != size:  # items without rows of their own: flash attention's packs
             return rows
         again = batch["segment"][new:].unique()

@@ -40,7 +40,8 @@ SHORT = {  # name -> command and settings; three steps, a process and two sharde
     "cpt": ("cpt", "pack_length=128", "packing=true", "gradient_checkpointing=true"),
     "half": ("cft", "save_dtype=bfloat16"),
     "bf16": ("cft", "bf16=true", "kl.weight=1"),
-    "copr": ("copr", "model=FOLDER/first/model", "data=FOLDER/ranked", "buffers=FOLDER/first/buffer", "rate=1",
+    "copr": ("copr", "model=FOLDER/first/model", "data=FOLDER/ranked", "buffers=FOLDER/first/buffer", "optim=sgd",
+             "rate=1",
              "reference=measure", "gradient_accumulation_steps=2", "eval_data=FOLDER/ranked", "eval_strategy=steps",
              "eval_steps=3", "per_device_eval_batch_size=4"),
 }  # fmt: skip
