@@ -1,15 +1,17 @@
 """Three preference tasks in a row: what is still ordered as people ordered it? SFT, DPO + replay and COPR, some seeds.
 
-    python benchmarks/preferences.py FOLDER [--model examples/starter] [--seeds 3] [--arms sft,dpo,copr-none,copr]
+    python benchmarks/preferences.py FOLDER [--model examples/starter] [--seeds 3] [--arms sft,copr]
 
 FOLDER holds ranked/qa_feedback_ranked.jsonl.gz (four answers a question), hh/harmless-base-train.jsonl.gz and
-pref/pandalm_human_pairs.jsonl.gz (pairs): all ranked by people. 150 prompts of each are trained on and 60 others are
-held out, those of one prompt on one side. A seed decides which prompts, their order and r_x; the arms share them.
+pref/pandalm_human_pairs.jsonl.gz (pairs): all ranked by people. 100 questions and 150 prompts of each other task are
+trained on, 60 of each are held out, those of one prompt on one side. A seed decides which prompts, their order and r_x;
+the arms share them.
 
-Each arm runs through `train` as a user would run it, stage by stage from the model before. A tenth of an older task
-comes back in each later stage where the arm replays, as a quarter of the rows; each current prompt is seen equally
-often by all arms. `train eval metric=ranking` scores every checkpoint: the share of pairs whose better answer has the
-larger log π(y|x), 0.5 = nothing learnt; `ranking_change` is the same of log π − log π of the model before training.
+Each arm runs through `train` as a user would run it, stage by stage from the model before. Fifteen rows of each older
+task come back in each later stage where the arm replays, as a quarter of the rows; each current prompt is seen equally
+often by all arms. `train eval` scores every checkpoint. `ranking`: the share of pairs whose better answer has the
+larger log π(y|x), summed over its tokens; `ranking_change`: the same of log π − log π of the model before training, so
+that 0.5 = nothing learnt, and length has no part in it.
 """
 
 from __future__ import annotations
@@ -32,16 +34,17 @@ from train.run import run
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("long_form_qa", "harmless", "instructions")
-TRAINED, HELD_OUT, REPLAYED = 150, 60, 15
+TRAINED, HELD_OUT, REPLAYED = {"long_form_qa": 100, "harmless": 150, "instructions": 150}, 60, 15
 CONFIGS = {"cft": CftConfig, "dpo": DpoConfig, "copr": CoprConfig}
+COPR = ["reduction=mean", "beta=0.5"]  # sums over tokens change by tens of nats a step here: no square can be fitted
 ARMS: dict[str, tuple[str, list[str]]] = {
     "sft": ("cft", []),
     "dpo": ("dpo", []),
     "dpo-replay": ("dpo", []),
-    "copr-none": ("copr", ["constraint=none"]),
-    "copr-replay": ("copr", ["constraint=replay"]),
-    "copr-fixed": ("copr", ["constraint=fixed"]),
-    "copr": ("copr", []),
+    "copr-none": ("copr", [*COPR, "constraint=none"]),
+    "copr-replay": ("copr", [*COPR, "constraint=replay"]),
+    "copr-fixed": ("copr", [*COPR, "constraint=fixed"]),
+    "copr": ("copr", COPR),
 }
 REPLAYING = ("dpo-replay", "copr-replay", "copr-fixed", "copr")
 Row = dict[str, Any]
@@ -85,7 +88,7 @@ def write_split(folder: Path, rows: dict[str, list[Row]], seed: int) -> None:
         ordered = sorted(some, key=lambda row: place[row["prompt"]])
         held = {row["prompt"] for row in ordered[:HELD_OUT]}
         sides = {"test": [r for r in ordered if r["prompt"] in held][:HELD_OUT],
-                 "train": [r for r in ordered if r["prompt"] not in held][:TRAINED]}  # fmt: skip
+                 "train": [r for r in ordered if r["prompt"] not in held][: TRAINED[task]]}  # fmt: skip
         for side, mine in sides.items():
             text = "".join(json.dumps(row) + "\n" for row in mine)
             (folder / f"{task}.{side}.jsonl").write_text(text, encoding="utf-8")
@@ -115,7 +118,7 @@ def train_arm(arm: str, folder: Path, model: str, seed: int, words: list[str], f
         mixture = "{current: 0.75, replay: 0.25}" if replays else "{current: 1, replay: 0}"
         given = [f"model={found[-1]}", f"data={folder / f'stage-{stage}'}", f"out={out}", f"seed={seed}", *words, *own]
         if method == "copr":
-            given += [f"keep={REPLAYED / TRAINED}"]
+            given += [f"keep={REPLAYED / TRAINED[TASKS[stage - 1]]}"]
             if replays:
                 given += [f"buffers=[{','.join(map(str, buffers))}]", f"mixture={mixture}"]
         else:
@@ -174,7 +177,7 @@ def main() -> None:
             for stage in range(1, len(TASKS) + 1):
                 manifest(folder, "train", TASKS[:stage], REPLAYED, seed, f"stage-{stage}")
             test = manifest(folder, "test", TASKS, HELD_OUT, seed, "test")
-            seen = manifest(folder, "train", TASKS, TRAINED, seed, "seen")
+            seen = manifest(folder, "train", TASKS, HELD_OUT, seed, "seen")
             first: dict[Any, Path] = {}
             for arm in args.arms.split(","):
                 words = [f"num_train_epochs={args.epochs}", "per_device_train_batch_size=16", "save_strategy=no",
