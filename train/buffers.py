@@ -16,9 +16,8 @@ import numpy as np
 import polars as pl
 
 from curate.errors import InputError
-from curate.manifest import Manifest, read
-from curate.manifest.io import sha256_file, write
-from curate.manifest.schema import TABLES
+from curate.manifest import Manifest, part, read, write
+from curate.manifest.io import sha256_file
 from curate.models.local import tokenizer_fingerprint
 from train.sets import Sets
 
@@ -47,12 +46,9 @@ def write_buffer(
     """
     prompts = [sets.rows.uid[row] for row in rows]
     answers = [k for row in rows for k in sets.answers(row)]
-    frames = {name: getattr(manifest, name).clear() for name in TABLES}
-    frames["samples"] = manifest.samples.filter(pl.col("uid").is_in(prompts))
-    frames["completions"] = manifest.completions.filter(pl.col("uid").is_in([sets.uid[k] for k in answers]))
-    frames["tasks"] = manifest.tasks.filter(pl.col("task").is_in(frames["samples"]["task"].unique().to_list()))
+    kept = manifest.completions.filter(pl.col("uid").is_in([sets.uid[k] for k in answers]))
+    frames, provenance = part(manifest, prompts, kept, "a buffer of COPR")
     (folder / FACTS).unlink(missing_ok=True)  # a buffer without it is none
-    provenance = {k: v for k, v in manifest.provenance.items() if k not in ("schema_version", "rows", "outputs")}
     card = f"# Buffer of {facts['task']}\n\n{len(rows)} prompts with their ranked answers, kept by COPR.\n"
     write(folder, frames, {**provenance, "buffer": facts}, card)
     table = pl.DataFrame({"uid": [sets.uid[k] for k in answers], "log_target": sets.target[answers]})

@@ -80,6 +80,21 @@ def copr(config: Config = None, settings: Words = None, quiet: Quiet = False) ->
 
 
 @app.command()
+def cppo(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """CPPO: PPO on fresh rollouts, weighted by their bucket, held to the policy of the task before.
+
+    Example: train cppo model=runs/stage-1/model data=runs/two out=runs/stage-2 reward=exact rollouts.prompts=64
+    """
+    _train("cppo", config, settings, quiet)
+
+
+@app.command()
+def grpo(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+    """GRPO (GSPO: level=sequence) on fresh rollouts; CPPO's weights and retention can be switched on."""
+    _train("grpo", config, settings, quiet)
+
+
+@app.command()
 def fisher(config: Config = None, settings: Words = None) -> None:
     """Estimate the diagonal Fisher information of a model on its rows: what `ewc` holds in later stages.
 

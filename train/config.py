@@ -18,6 +18,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from curate.errors import InputError
+from curate.models import RewardConfig
 from curate.settings import Section, checked, override, read_yaml
 
 
@@ -198,6 +199,98 @@ class CoprConfig(AnswersConfig):
     rate: float = Field(0.1, ge=0, allow_inf_nan=False, description="learning rate of the dual ascent")
     clamp: tuple[float, float] = Field((-5.0, 5.0), description="least and most ln λ")
     keep: float = Field(0.05, ge=0, le=1, description="share of the task's prompts that its buffer keeps, at least one")
+
+
+class RolloutConfig(Section):
+    """Phases: fresh samples of the policy, each gone through several times."""
+
+    prompts: int = Field(32, gt=0, description="of a phase")
+    k: int = Field(1, gt=0, description="completions of a prompt")
+    max_new_tokens: int = Field(64, gt=0, description="longest completion")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of sampling, and of every log π")
+    passes: int = Field(2, gt=0, description="over the samples of a phase: its steps are prompts · k · passes / batch")
+    batch_size: int = Field(32, gt=0, description="sequences of a forward pass that draws or measures")
+
+
+class RewardKlConfig(Section):
+    """The KL to a reference: in the reward of each token, or (advantages: group) in the loss."""
+
+    coef: float = Field(0.05, ge=0, allow_inf_nan=False, description="at the start")
+    target: float | None = Field(None, gt=0, description="nats a sample that the coefficient aims at; null = it stays")
+    horizon: float = Field(10_000, gt=0, allow_inf_nan=False, description="samples in which it moves")
+    most: float = Field(100.0, gt=0, description="nats a sample beyond which the run stops")
+    reference: str | None = Field(None, description="folder or hub name; by default the model before training")
+
+
+class RetentionConfig(Section):
+    """CPPO's retention: the square of log π_θ − log π_{t−1}, by β."""
+
+    weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="0 = off")
+    anchor: Literal["previous_task", "rollout"] = Field(
+        "previous_task", description="π_{t−1}: `model`, or the policy that drew the sample (the official code)"
+    )
+    model: str | None = Field(None, description="folder or hub name; by default the model before training")
+
+
+class WeightsConfig(Section):
+    """CPPO's α and β, by the bucket of a sample."""
+
+    kind: Literal["none", "heuristic", "learned"] = Field("heuristic", description="none: 1 and 1, plain PPO")
+    lead: Literal["reward", "probability"] = Field("reward", description="which score α follows")
+    k: float = Field(0.5, ge=0, allow_inf_nan=False, description="threshold of the buckets, standard deviations")
+    lb: float = Field(0.5, ge=0, le=1, description="least weight")
+    ub: float = Field(2.5, ge=1, allow_inf_nan=False, description="largest weight")
+    power: Literal[1, 2] = Field(2, description="learned: p of β")
+    tau: float = Field(0.1, ge=0, allow_inf_nan=False, description="learned: τ of the order of the buckets")
+
+
+class ValueConfig(Section):
+    """V of the state before each token (advantages: gae)."""
+
+    model: str | None = Field(None, description="a model of its own below the head; null: the policy's states")
+    head: str | None = Field(None, description="value.safetensors of an older stage; null: begins at 0")
+    weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="of its loss")
+    clip: float = Field(0.2, gt=0, description="how far V may move from the phase's, in the reward's unit")
+
+
+class CppoConfig(RunConfig):
+    """CPPO: PPO on fresh rollouts, weighted by bucket, held to the policy of the task before."""
+
+    too_long: Literal["error", "drop"] = Field("error", description="what becomes of a prompt without room to answer")
+    rollouts: RolloutConfig = Field(RolloutConfig.model_validate({}), description="phases")
+    reward: RewardConfig = Field(RewardConfig.model_validate({}), description="as `rollouts.reward` of a build")
+    missing_end: float = Field(-1.0, allow_inf_nan=False, description="added to the reward of a completion cut off")
+    advantages: Literal["gae", "group"] = Field("gae", description="group: GRPO, by the other samples of a prompt")
+    scale: bool = Field(True, description="group: divide by the group's deviation")
+    level: Literal["token", "sequence"] = Field("token", description="of the ratio; sequence: GSPO")
+    clip: float = Field(0.2, gt=0, description="ε of the ratio")
+    gamma: float = Field(1.0, ge=0, le=1, description="γ, discount a token")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of GAE")
+    kl: RewardKlConfig = Field(RewardKlConfig.model_validate({}), description="to the reference")
+    retention: RetentionConfig = Field(RetentionConfig.model_validate({}), description="to the task before")
+    weights: WeightsConfig = Field(WeightsConfig.model_validate({}), description="α and β")
+    value: ValueConfig = Field(ValueConfig.model_validate({}), description="the value function")
+
+    @model_validator(mode="after")
+    def _fits(self) -> CppoConfig:
+        if self.packing:
+            raise ValueError("`packing` is for rows that are there before the run; samples here are fresh")
+        if self.eval_data:
+            raise ValueError("`eval_data`: a policy is evaluated by its answers, with `train eval`")
+        if self.advantages == "group" and self.rollouts.k < 2:
+            raise ValueError("`advantages: group` compares the samples of a prompt: rollouts.k is 2 or more")
+        if len(self.data) > 1:
+            raise ValueError("`data`: one manifest; old prompts come back in it as replay")
+        return self
+
+
+class GrpoConfig(CppoConfig):
+    """GRPO (GSPO: level=sequence), with CPPO's weights and retention where they are switched on."""
+
+    rollouts: RolloutConfig = Field(RolloutConfig.model_validate({"prompts": 8, "k": 8}), description="phases")
+    advantages: Literal["gae", "group"] = Field("group", description="by the other samples of a prompt")
+    retention: RetentionConfig = Field(RetentionConfig.model_validate({"weight": 0}), description="to the task before")
+    weights: WeightsConfig = Field(WeightsConfig.model_validate({"kind": "none"}), description="α and β")
 
 
 OWN = ("output_dir", "remove_unused_columns", "train_sampling_strategy", "average_tokens_across_devices",

@@ -23,7 +23,8 @@ from curate.manifest.io import sha256_file
 MARK = "rehearse.json"  # last file of a checkpoint: a folder without it is not whole
 MODEL, FACTS, LOCK = "model", "run.json", ".lock"
 RUN = (FACTS, MODEL, "buffer", "checkpoint-*", "log.jsonl", "lineage.parquet", "too_long.parquet", "left_out.parquet",
-       "runs", f".{FACTS}", ".lineage.parquet", ".log.jsonl", f".{MODEL}", LOCK)  # fmt: skip
+       "rollouts", "value.safetensors", ".value.safetensors", "runs", f".{FACTS}", ".lineage.parquet", ".log.jsonl",
+       f".{MODEL}", LOCK)  # fmt: skip
 """What a run may have left in its folder (`runs` are TensorBoard's)."""
 SMALL = 1 << 20  # bytes up to which a file of a checkpoint is hashed; of larger ones the size must do
 

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 CHUNK = 256  # tokens whose logits live at once: 256 · 150,000 · 4 bytes = 154 MB, held two to five times
 
-Measure = Literal["logps", "entropy", "kl"]
+Measure = Literal["logps", "entropy", "kl", "values"]
 Reference = nn.Module | Callable[[], AbstractContextManager[Any]]
 ToLogits = Callable[[Tensor], Tensor]  # [n, d] -> [n, v], as the model's own forward would make them
 Call = Callable[..., Any]
@@ -75,6 +75,7 @@ def token_values(
     of: Sequence[Measure],
     *,
     reference: Reference | None = None,
+    value_head: nn.Module | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK,
 ) -> dict[Measure, Tensor]:
@@ -88,10 +89,12 @@ def token_values(
             positions are missing and padding is on the left they are counted along the mask, so that padding changes
             nothing, on either side. For packed rows give `position_ids` that start anew and no `attention_mask`. Other
             keys are ignored.
-        of: which measures: "logps", "entropy", "kl".
+        of: which measures: "logps", "entropy", "kl", "values".
         reference: π_ref of "kl": another model, or a callable that returns a context in which `model` itself is the
             reference, such as `AdapterOff(model)`. Dropout is off in `AdapterOff`, else the caller's to switch off. If
             it is sharded by FSDP2, its root must not be resharded after forward (torch's default).
+        value_head: of "values": V of the state before each target, [n, d] -> [n, 1], of the last hidden state there, in
+            the head's own type. It is trained together with what is below it.
         temperature: logits are divided by it, those of the reference too.
         chunk: tokens whose logits are held at once.
 
@@ -101,9 +104,12 @@ def token_values(
 
     Raises:
         ValueError: a target that nothing precedes; packed rows with a 2-D mask; temperature or chunk ≤ 0; "kl" without
-            a reference; a model without an output head.
+            a reference; "values" without a head; a model without an output head.
     """
     _check(batch, of, reference, temperature, chunk)
+    if ("values" in of) != (value_head is not None):
+        raise ValueError("values and a value_head go together")
+    of, wanted = [name for name in of if name != "values"], of
     target = batch["loss_mask"][:, 1:]
     tokens = batch["input_ids"][:, 1:][target]  # [n]
     to_reference = None
@@ -112,15 +118,21 @@ def token_values(
 
     def work(to_logits: ToLogits, hidden: Tensor) -> Tensor:
         def values(at: slice, rows: Tensor) -> Tensor:
-            logq = None if to_reference is None else to_reference(at)
-            return _Measures.apply(to_logits(rows), logq, tokens[at], of, temperature)
+            found = []
+            if of:
+                logq = None if to_reference is None else to_reference(at)
+                found.append(_Measures.apply(to_logits(rows), logq, tokens[at], of, temperature))
+            if value_head is not None:
+                kind = next(value_head.parameters()).dtype
+                found.append(value_head(rows.to(kind)).to(found[0].dtype if found else kind))
+            return torch.cat(found, dim=-1)
 
         return _by_chunks(values, _before(target, hidden), chunk)
 
     found = _with_head(model, batch, work)  # [n, len(of)]
-    columns = zip(of, found.unbind(-1), strict=True)
+    columns = dict(zip([*of, *(["values"] if value_head is not None else [])], found.unbind(-1), strict=True))
     mask = batch["loss_mask"]
-    return {name: column.new_zeros(mask.shape).masked_scatter(mask, column) for name, column in columns}
+    return {name: columns[name].new_zeros(mask.shape).masked_scatter(mask, columns[name]) for name in wanted}
 
 
 def sequence_logps(
@@ -537,8 +549,8 @@ def _check(
 ) -> None:
     if not temperature > 0 or chunk < 1:
         raise ValueError(f"temperature must be positive and chunk at least 1, not {temperature} and {chunk}")
-    if not of or not _VALUES.keys() >= set(of) or len(set(of)) < len(of):
-        raise ValueError(f"measures are {', '.join(_VALUES)}, each at most once, not {list(of)}")
+    if not of or not {*_VALUES, "values"} >= set(of) or len(set(of)) < len(of):
+        raise ValueError(f"measures are {', '.join(_VALUES)}, values, each at most once, not {list(of)}")
     if "kl" in of and reference is None:
         raise ValueError("kl needs a reference: a model, or AdapterOff(model)")
     ids, mask = batch["input_ids"], batch["loss_mask"]

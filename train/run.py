@@ -31,8 +31,10 @@ from train.config import (
     AnswersConfig,
     CftConfig,
     CoprConfig,
+    CppoConfig,
     CptConfig,
     DpoConfig,
+    GrpoConfig,
     KlConfig,
     PblConfig,
     RunConfig,
@@ -41,6 +43,7 @@ from train.data import Examples
 from train.folder import FACTS, MODEL, RUN, alone, clear, refuse_foreign, resumable, whole
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
+from train.methods.cppo import Cppo
 from train.mixing import Mixture
 from train.models import (
     check_vocabulary,
@@ -53,13 +56,17 @@ from train.models import (
     with_adapter,
 )
 from train.packing import Collator, Items, Packing
+from train.phases import Phases, Slots
+from train.phases import collate as collate_slots
 from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
+from train.reinforce import Prompts, cppo_of, read_prompts, write_head
 from train.screen import Progress
 from train.sets import SetItems
 from train.trainer import RehearseTrainer
 
 CONFIGS: dict[str, type[RunConfig]] = {
-    "cft": CftConfig, "cpt": CptConfig, "pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig
+    "cft": CftConfig, "cpt": CptConfig, "pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig, "cppo": CppoConfig,
+    "grpo": GrpoConfig,
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
 HOUSEKEEPING = (
@@ -82,7 +89,7 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
     """Train by a method and return the folder of the final model.
 
     Args:
-        name: cft, cpt, pbl, dpo or copr.
+        name: a key of CONFIGS.
         config: our settings.
         theirs: keys for transformers.TrainingArguments.
         quiet: no progress line.
@@ -120,6 +127,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
         )
     model, reference, old = _adapted(config, model, tokenizer, arguments.device)
     pad = tokenizer.pad_token_id or 0
+    screen = Progress(out, epochs, quiet)
     collate: Any = Collator(pad, one_row=flash)
     if isinstance(config, AnswersConfig):
         assert isinstance(stage, Stage)
@@ -128,9 +136,13 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
         for sets in (stage.sets, *([evaluated.sets] if evaluated else [])):
             fill(config, sets, model, collate, arguments.eval_batch_size, arguments.seed)
         method = method_of(config, stage, model, reference, collate, arguments.eval_batch_size)
+    elif isinstance(config, CppoConfig):
+        assert isinstance(stage, Prompts) and isinstance(items, Slots)
+        model.to(arguments.device)
+        collate = collate_slots
+        method = cppo_of(config, stage, items.phases, model, tokenizer, arguments.device, arguments.seed, screen.tell)
     else:
         method = _method(config, model, reference, old)
-    screen = Progress(out, epochs, quiet)
     try:
         trainer = RehearseTrainer(
             method=method, identity=identity, model=model, args=arguments, train_dataset=items,
@@ -161,12 +173,14 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     model_folder = _publish(trainer, out, config, tokenizer)
     if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
+    if isinstance(method, Cppo):
+        write_head(method, out)
     return model_folder
 
 
-def _start(name: str, stage: Examples | Stage, items: Items, arguments: Any, last: Path | None) -> str:
+def _start(name: str, stage: Examples | Stage | Prompts, items: Items, arguments: Any, last: Path | None) -> str:
     """What a run is, in a line."""
-    rows = stage.sets.rows if isinstance(stage, Stage) else stage
+    rows = _rows(stage)
     held = ", ".join(f"{len(of):,} {origin}" for origin, of in rows.groups("origin").items())
     words = [f"{name}: {held} rows", f"{arguments.max_steps:,} steps", str(arguments.device)]
     if arguments.world_size > 1:
@@ -181,7 +195,8 @@ def _start(name: str, stage: Examples | Stage, items: Items, arguments: Any, las
 def _read(config: RunConfig) -> list[Path]:
     """Everything that a run reads."""
     kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
-    names = [config.model, config.init, config.tokenizer, *config.data, *config.eval_data, kl and kl.reference,
+    rl = (config.retention.model, config.value.model) if isinstance(config, CppoConfig) else ()
+    names = [config.model, config.init, config.tokenizer, *config.data, *config.eval_data, kl and kl.reference, *rl,
              *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
              *getattr(config, "buffers", ())]  # fmt: skip
     return [config.path(name) for name in names if name]
@@ -190,22 +205,31 @@ def _read(config: RunConfig) -> list[Path]:
 # --- data ---
 
 
-def _stage(name: str, config: RunConfig, tokenizer: Any, context: int | None) -> Examples | Stage:
+def _rows(stage: Examples | Stage | Prompts) -> Examples:
+    return stage if isinstance(stage, Examples) else stage.sets.rows if isinstance(stage, Stage) else stage.rows
+
+
+def _stage(name: str, config: RunConfig, tokenizer: Any, context: int | None) -> Examples | Stage | Prompts:
+    if isinstance(config, CppoConfig):
+        return read_prompts(config, tokenizer, end_tokens(config, tokenizer), context)
     if isinstance(config, AnswersConfig):
         return read_stage(name, config, tokenizer, end_tokens(config, tokenizer), context)
     return _examples(name, config, config.data, tokenizer, context)
 
 
 def _items(
-    name: str, config: RunConfig, stage: Examples | Stage, context: int | None, arguments: Any, theirs: Any
+    name: str, config: RunConfig, stage: Examples | Stage | Prompts, context: int | None, arguments: Any, theirs: Any
 ) -> tuple[Items, float]:
     """(the items of the whole run, how many epochs they are)."""
-    rows = stage.sets.rows if isinstance(stage, Stage) else stage
+    rows = _rows(stage)
     mixture, packing = Mixture(rows, config.mixture, arguments.seed), _packing(name, config, rows, context)
 
     def planned(**how: Any) -> Items:
         if isinstance(stage, Stage):
             return SetItems(stage.sets, mixture, **how)
+        if isinstance(config, CppoConfig):
+            of = config.rollouts
+            return Slots(rows, Phases(mixture, of.prompts, of.k, of.passes, arguments.seed), **how)
         return Items(rows, mixture, packing=packing, **how)
 
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -272,7 +296,7 @@ def _adapted(
 ) -> tuple[Any, Any, dict[str, list[Tensor]]]:
     """(the model with its adapter, π_ref where a KL term asks for one, frozen A matrices of older adapters)."""
     reference: Any = None
-    kl: KlConfig | None = getattr(config, "kl", None)
+    kl: KlConfig | None = None if isinstance(config, CppoConfig) else getattr(config, "kl", None)
     wanted = kl is not None and kl.weight > 0
     if kl is not None and wanted and (kl.reference is not None or config.lora is None):
         named = kl.reference  # else the model before training, random weights or not
@@ -319,9 +343,12 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise InputError(f"training arguments: {str(error)[:500]}") from None
     best = arguments.metric_for_best_model
-    if arguments.load_best_model_at_end and not str(best or "loss").removeprefix("eval_").startswith("loss"):
+    kind = str(best or "loss").removeprefix("eval_")
+    if arguments.load_best_model_at_end and not kind.startswith(("loss", "accuracy")):
         raise InputError(f"metric_for_best_model: {best!r} is not measured",
                          remedy="name eval_loss, or the loss of a task: eval_loss_task/NAME")  # fmt: skip
+    if "greater_is_better" not in theirs:  # the library looks at the end of the name, where a task's may stand
+        arguments.greater_is_better = kind.startswith("accuracy")
     if arguments.n_gpu > 1:
         raise InputError(f"one process sees {arguments.n_gpu} GPUs: rows would reach them in an unplanned order",
                          remedy="start one process a GPU, as in `accelerate launch -m train.cli cft …`, or set "
@@ -329,6 +356,8 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     if getattr(arguments.accelerator_config, "split_batches", False):
         raise InputError("accelerator_config.split_batches: the batch size is that of a process here",
                          remedy="leave it out")  # fmt: skip
+    if isinstance(config, CppoConfig) and arguments.world_size > 1:
+        raise InputError("reinforcement learning runs on one process so far", remedy="start one process")
     parallel.check(arguments)
     if config.merge and (parallel.sharded(arguments) or parallel.zero3(arguments)):
         raise InputError(

@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +86,20 @@ class RehearseTrainer(Trainer):
         self.create_optimizer_and_scheduler(num_training_steps=self.args.max_steps)
         self.optimizer = self.lr_scheduler = None
 
+    def create_optimizer(self, *args: Any, **more: Any) -> Any:
+        """The library's, over what the method trains beside the model too."""
+        fresh = self.optimizer is None
+        made = super().create_optimizer(*args, **more)
+        if fresh and (own := self.method.parameters()):
+            made.add_param_group({"params": own, "weight_decay": 0.0})
+        return made
+
     # --- the loss ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of a step, filled by the method, and the method's size of them."""
+        found = self.method.fill(self.model, list(islice(epoch_iterator, num_batches)))
+        return found, self._get_num_items_in_batch(list(found), device) if found else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """The method's size of the whole step: added up over all passes and all processes, [g]."""
@@ -287,3 +301,5 @@ class _AfterStep(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The place of a dual ascent."""
         self.method.after_step(self.total)
+        for parameter in self.method.parameters():  # the library clears the gradients of the model alone
+            parameter.grad = None

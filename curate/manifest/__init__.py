@@ -3,6 +3,7 @@
 from curate.manifest.buckets import Bucket, Rule, Stats, classify, sequence_logp
 from curate.manifest.check import check
 from curate.manifest.io import Manifest, read, write
+from curate.manifest.part import part
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Stats",
     "check",
     "classify",
+    "part",
     "read",
     "sequence_logp",
     "write",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from curate.config import ModelConfig
+from curate.config import EmbedConfig, ModelConfig, RewardConfig
 from curate.models.base import Completion, Generator, Prompt, Reward, Sampling, Scorer
 from curate.models.embedder import Embedder, open_embedder
 from curate.models.local import LocalModel
@@ -13,12 +13,14 @@ from curate.models.server import ServerModel
 
 __all__ = [
     "Completion",
+    "EmbedConfig",
     "Embedder",
     "Generator",
     "LocalModel",
     "ModelConfig",
     "Prompt",
     "Reward",
+    "RewardConfig",
     "Sampling",
     "Scorer",
     "ServerModel",

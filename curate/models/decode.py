@@ -53,7 +53,7 @@ def positions(mask: Tensor) -> Tensor:
 
 def pads(model: Any) -> bool:
     """True where rows of unequal length may share a batch: a model that is not told positions may count the padding."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def step_inputs(model: Any, mask: Tensor, length: int) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def cache_name(model: Any) -> str | None:
     """The argument that takes a `Cache`, whatever its name; None where a model keeps its state in its own way."""
     if model.config.model_type in ("recurrent_gemma", "xlstm", "minimax"):  # in modules; in classes of their own
         return None
-    taken = inspect.signature(model.forward).parameters
+    taken = inspect.signature(type(model).forward).parameters  # of the class: accelerate wraps the method
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in taken), None)
 
 

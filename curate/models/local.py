@@ -59,6 +59,15 @@ class LocalModel:
         if json.loads((self._whole / "config.json").read_bytes()).get("is_encoder_decoder"):
             raise InputError(f"{where} {self.name!r}: an encoder-decoder, not a causal language model ({kinds[0]})")
 
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, name: str, batch_size: int) -> LocalModel:
+        """A model that is in memory and may be changing, in training: its `fingerprint` cannot be asked."""
+        found = cls.__new__(cls)
+        found.config = ModelConfig.model_validate({"model": name, "batch_size": batch_size})
+        found.where, found.name = "model", name
+        found.__dict__ |= {"model": model, "tokenizer": tokenizer, "_settings": model.config}
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights, configuration, tokenizer and chat template."""

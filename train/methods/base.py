@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 """input_ids, position_ids, loss_mask, segment [b, t] (attention_mask where rows are padded); weight, row [n]."""
@@ -21,6 +21,12 @@ class Method(Protocol):
     """One way to train."""
 
     name: str
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the method trains beside the model: a value function."""
+
+    def fill(self, model: Any, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches of a step, before it: the place of fresh rollouts. Most methods return what the collator made."""
 
     def size(self, batch: Batch) -> Tensor:
         """What the loss of a batch is divided by, [g] numbers: target tokens by weight, prompts, prompts of a task …"""
@@ -50,6 +56,14 @@ class Method(Protocol):
 
 class Memoryless:
     """A method that is its loss: no penalty, nothing that moves with the steps, nothing to store."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def fill(self, model: Any, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """As they are."""
+        return batches
 
     def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
         """None."""

@@ -1,0 +1,255 @@
+"""CPPO: PPO on fresh rollouts whose samples differ in how much is learned from them, and how much they hold the past.
+
+    L = mean_t α(x) L^CLIP + c_R · mean_t β(x) (log π_θ − log π_{t−1})² + c_V · mean_t L^VF
+
+over the tokens of a step; α and β come from a sample's bucket (`train/losses/cppo.py`). `advantages="group"` is GRPO
+(GSPO with level="sequence"): no values, and the KL to the reference is a term of the loss, as in its paper; weights and
+retention are the same. A phase of samples is drawn, judged and measured before its first step (`train/rollouts.py`).
+
+Departures from the paper, or from official code: those of the losses, and
+- Buckets' moments are those of the whole phase (the code: of the last chunk of 32 samples).
+- The adaptive coefficient follows the KL to the reference, per sample of a phase, and moves between phases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curate.errors import InputError
+from train.logprobs import token_values
+from train.losses.cppo import (
+    adapt_kl,
+    gae,
+    group_advantages,
+    heuristic_weights,
+    learned_weights,
+    policy_loss,
+    ratios,
+    retention_loss,
+    statistics,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from train.methods.base import Batch, Logged, Memoryless
+from train.rollouts import BUCKETS, Rollouts, Samples, rows_of
+
+
+@dataclass
+class Cppo(Memoryless):
+    """Attributes: as in `train.config.CppoConfig`, and
+
+    rollouts: makes the phases.
+    head: V of the last hidden state, [n, d] -> [n, 1]; None for `advantages="group"`.
+    critic: a model of its own below the head; None: the policy's states.
+    say: tells the user a line.
+    """
+
+    rollouts: Rollouts
+    head: nn.Module | None
+    critic: nn.Module | None = None
+    advantages: Literal["gae", "group"] = "gae"
+    scale: bool = True
+    level: Literal["token", "sequence"] = "token"
+    clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_clip: float = 0.2
+    value_weight: float = 0.1
+    missing_end: float = -1.0
+    kl: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: float = 10_000
+    kl_most: float = 100.0
+    retention: float = 0.1
+    weights: Literal["none", "heuristic", "learned"] = "heuristic"
+    lead: Literal["reward", "probability"] = "reward"
+    k: float = 0.5
+    bounds: tuple[float, float] = (0.5, 2.5)
+    power: int = 2
+    tau: float = 0.1
+    seed: int = 0
+    say: Any = print
+    name: str = "cppo"
+
+    def __post_init__(self) -> None:
+        self.number = -1  # of the phase that the state belongs to
+        self.met = math.nan  # its KL to the reference, nats a sample
+        self.samples: Samples | None = None
+        self.made: dict[str, Tensor] = {}  # of the samples: advantages, returns [n, t]; alpha, beta [n]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the value function."""
+        return [p for module in (self.head, self.critic) if module is not None for p in module.parameters()]
+
+    # --- phases ---
+
+    def fill(self, model: Any, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """The samples of a step, after drawing those of its phase where it is the first."""
+        number = int(batches[0]["phase"])
+        if self.samples is None or number != self.number:
+            self._begin(number, model)
+        return [self._batch(batch["sample"].tolist()) for batch in batches]
+
+    def _begin(self, number: int, model: Any) -> None:
+        if number != self.number and self.kl_target is not None and math.isfinite(self.met):
+            self.kl = adapt_kl(self.kl, self.met, self.kl_target, self.kl_horizon, self.rollouts.phases.samples)
+        samples = self.rollouts.phase(number, model, self.head, self.critic)
+        self.number, self.samples = number, samples
+        self.met = float(((samples.logps - samples.reference) * samples.mask).sum() / len(samples.row))
+        if not self.met <= self.kl_most:
+            raise InputError(
+                f"phase {number + 1}: the policy is {self.met:.1f} nats a sample from its reference, kl.most is "
+                f"{self.kl_most:g}",
+                remedy="raise kl.coef or give kl.target, or lower learning_rate; the last checkpoint is whole",
+            )
+        self.made = self._worth(samples)
+        self.say(self._line(samples))
+
+    def _worth(self, samples: Samples) -> dict[str, Tensor]:
+        """Advantages and returns [n, t], α and β [n]."""
+        mask, score = samples.mask, samples.score.float()
+        if self.advantages == "gae":
+            rewards = token_rewards(
+                score, samples.logps, samples.reference, mask, samples.ended, self.kl, self.missing_end
+            )
+            each, returns = gae(rewards, samples.values, mask, self.gamma, self.lam)
+            made = {"advantages": whiten(each, mask), "returns": returns}
+        else:
+            whole = score + self.missing_end * (1 - samples.ended)
+            each = group_advantages(whole, samples.row, self.scale)
+            made = {"advantages": each[:, None].expand(mask.shape) * mask, "returns": torch.zeros(mask.shape)}
+        alpha, beta = torch.ones(len(score)), torch.ones(len(score))
+        how: Any = {"k": self.k, "lb": self.bounds[0], "ub": self.bounds[1], "lead": self.lead}
+        if self.weights == "heuristic":
+            alpha, beta = heuristic_weights(samples.z_p, samples.z_r, **how)
+        elif self.weights == "learned":
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.number)
+            alpha, beta = learned_weights(
+                samples.z_p, samples.z_r, power=self.power, tau=self.tau, generator=draw, **how
+            )
+        return made | {"alpha": alpha.float(), "beta": beta.float()}
+
+    def _line(self, samples: Samples) -> str:
+        shares = {name: samples.bucket.count(name) / len(samples.bucket) for name in BUCKETS}
+        others = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share)
+        return (
+            f"phase {self.number + 1}: reward {float(samples.score.mean()):.3f} · KL to the reference {self.met:.3f} "
+            f"nats a sample · {float(samples.mask.sum(1).float().mean()):.0f} tokens · {others}"
+        )
+
+    def _batch(self, at: list[int]) -> dict[str, Tensor]:
+        samples = self.samples
+        assert samples is not None
+        answers = samples.answers()
+        batch = rows_of([samples.prompts[i] for i in at], [answers[i] for i in at])
+        where, mask = samples.mask[at], batch["loss_mask"]
+        each = {"old_logps": samples.logps, "reference": samples.reference, "anchor": samples.anchor,
+                "old_values": samples.values, "advantages": self.made["advantages"],
+                "returns": self.made["returns"]}  # fmt: skip
+        for name, values in each.items():
+            batch[name] = torch.zeros(mask.shape).masked_scatter(mask, values[at][where].float())
+        batch |= {"row": samples.row[at], "score": samples.score[at].float(),
+                  "alpha": self.made["alpha"][at], "beta": self.made["beta"][at],
+                  "bucket": torch.tensor([BUCKETS.index(samples.bucket[i]) for i in at]),
+                  "weight": torch.ones(len(at))}  # fmt: skip
+        return batch
+
+    # --- the loss ---
+
+    def size(self, batch: Batch) -> Tensor:
+        """[tokens, samples]."""
+        mask = batch["loss_mask"]
+        return torch.stack([mask.sum(), mask.any(dim=1).sum()]).float()
+
+    def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
+        """The terms that are on, over the tokens of the step."""
+        mask, temperature = batch["loss_mask"], self.rollouts.sampling.temperature
+        own = self.critic is None and self.head is not None
+        of: Any = ("logps", "entropy", "values") if own else ("logps", "entropy")
+        found = token_values(model, batch, of, value_head=self.head if own else None, temperature=temperature)
+        logps, old = found["logps"], batch["old_logps"]
+        tokens = normaliser[0]
+        policy = policy_loss(logps, old, batch["advantages"], mask, batch["alpha"], self.clip, level=self.level,
+                             normaliser=tokens if self.level == "token" else normaliser[1])  # fmt: skip
+        loss, size = policy, mask.sum()
+        logged: Logged = {"policy": torch.stack([policy.detach() * (tokens if self.level == "token" else normaliser[1]),
+                                                 size if self.level == "token" else mask.any(1).sum()])}  # fmt: skip
+        if self.retention:
+            held = retention_loss(logps, batch["anchor"], mask, batch["beta"], normaliser=tokens)
+            loss = loss + self.retention * held
+            logged["retention"] = torch.stack([held.detach() * tokens, size])
+        if self.advantages == "group" and self.kl:
+            gap = (batch["reference"] - logps).masked_fill(~mask, 0)
+            near = ((gap.clamp(max=40).exp() - gap - 1) * mask).sum() / tokens.clamp_min(1)
+            loss = loss + self.kl * near
+            logged["kl_reference_k3"] = torch.stack([near.detach() * tokens, size])
+        if self.head is not None:
+            values = found["values"] if self.critic is None else token_values(
+                self.critic, batch, ("values",), value_head=self.head)["values"]  # fmt: skip
+            fit = value_loss(values, batch["old_values"], batch["returns"], mask, self.value_clip, normaliser=tokens)
+            loss = loss + self.value_weight * fit
+            logged["value"] = torch.stack([fit.detach() * tokens, size])
+        return loss, logged | self._shown(batch, logps.detach(), found["entropy"].detach(), size)
+
+    def _shown(self, batch: Batch, logps: Tensor, entropy: Tensor, size: Tensor) -> Logged:
+        mask, one = batch["loss_mask"], torch.ones_like(batch["score"])
+        moved = statistics(logps, batch["old_logps"], mask, self.clip, self.level)
+        gain = -(ratios(logps, batch["old_logps"], mask, self.level) * batch["advantages"]).masked_fill(~mask, 0)
+        length = mask.sum(dim=1)
+
+        def summed(values: Tensor) -> Tensor:
+            return torch.stack([values.masked_fill(~mask, 0).sum(dim=1), one])
+
+        logged: Logged = {
+            "loss": torch.stack([gain.sum(dim=1), length]),
+            "reward": torch.stack([batch["score"], one]), "length": torch.stack([length, one]),
+            "kl_reference": summed(batch["old_logps"] - batch["reference"]),
+            "kl_anchor": summed(logps - batch["anchor"]),
+            "entropy": torch.stack([entropy.masked_fill(~mask, 0).sum(), size]),
+            **{name: torch.stack([value * size, size]) for name, value in moved.items()},
+        }  # fmt: skip
+        for number, name in enumerate(BUCKETS):
+            inside = (batch["bucket"] == number).float()
+            logged[f"bucket/{name}"] = torch.stack([inside.sum(), one.sum()])
+            if self.weights != "none":
+                for which in ("alpha", "beta"):
+                    logged[f"{which}/{name}"] = torch.stack([(inside * batch[which]).sum(), inside.sum()])
+        if self.head is not None and self.made and self.samples is not None:
+            logged["explained_variance"] = self._explained()
+        logged["kl_coef"] = torch.tensor(self.kl)
+        return logged
+
+    def _explained(self) -> Tensor:
+        """1 − Var(G − V)/Var(G) over the tokens of the phase."""
+        assert self.samples is not None
+        mask = self.samples.mask
+        returns, values = self.made["returns"][mask], self.samples.values[mask]
+        spread = returns.var(unbiased=False)
+        return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread, torch.zeros(()))
+
+    # --- the state ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Phase, coefficient of the KL and what it met, and the value function."""
+        numbers = torch.tensor([self.number, self.kl, self.met], dtype=torch.float64)
+        return {"phase": numbers, **self._modules_state()}
+
+    def _modules_state(self) -> dict[str, Tensor]:
+        named = {"head": self.head, "critic": self.critic}
+        return {f"{k}.{n}": v for k, m in named.items() if m is not None for n, v in m.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a checkpoint's state; the samples of its phase are read when they are needed."""
+        self.number, self.kl, self.met = int(state["phase"][0]), float(state["phase"][1]), float(state["phase"][2])
+        self.samples = None
+        for name, module in (("head", self.head), ("critic", self.critic)):
+            if module is not None:
+                own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+                module.load_state_dict(own)

@@ -1,0 +1,155 @@
+"""What a run of reinforcement learning begins with: prompts, reward, references, value function.
+
+The method is `methods/cppo.py`, its phases are `rollouts.py`; the run itself is like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from curate.errors import InputError
+from curate.manifest import Manifest, Rule, read
+from curate.models import EmbedConfig, Sampling, open_embedder, open_reward
+from train.config import CppoConfig
+from train.data import Examples
+from train.logprobs import AdapterOff
+from train.methods.cppo import Cppo
+from train.models import check_vocabulary, open_model
+from train.phases import Phases
+from train.rollouts import Rollouts
+from train.sets import LISTED
+
+VALUE = "value.safetensors"  # the head's weights, beside the final model
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Samples of a manifest as prompts, and the rows that are not used."""
+
+    manifest: Manifest
+    rows: Examples
+    left_out: pl.DataFrame
+
+    def write_left_out(self, folder: Path) -> Path | None:
+        """List in the run folder what is not used, so that nothing disappears silently; None: nothing."""
+        if not self.left_out.height:
+            return None
+        self.left_out.write_parquet(folder / LISTED)
+        return folder / LISTED
+
+
+def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | None) -> Prompts:
+    """The prompts of a run.
+
+    Raises:
+        InputError: no prompt at all, or one that leaves no room for an answer (too_long: error).
+    """
+    manifest = read(config.path(config.data[0]))
+    every = Examples.of(manifest, tokenizer, ends=ends)
+    room = min((n for n in (config.max_length, context) if n is not None), default=None)
+    long = every.first_target + config.rollouts.max_new_tokens > (room or np.iinfo(np.int64).max)
+    asked = {row["uid"] for row in manifest.samples.select("uid", "prompt").iter_rows(named=True) if row["prompt"]}
+    silent = np.array([uid not in asked for uid in every.uid], bool)
+    if long.any() and config.too_long == "error":
+        first = int(np.flatnonzero(long)[0])
+        raise InputError(
+            f"{config.data[0]}: {int(long.sum())} prompts leave no room for {config.rollouts.max_new_tokens} tokens in "
+            f"{room}, the first is uid {every.uid[first]}",
+            remedy="set too_long=drop, or a smaller rollouts.max_new_tokens",
+        )
+    kept = np.flatnonzero(~(long | silent))
+    if not len(kept):
+        raise InputError(f"{config.data[0]}: no sample with a prompt to answer")
+    why = [{"uid": every.uid[i], "task": every.task_names[every.task[i]],
+            "reason": "no prompt" if silent[i] else "no room for an answer"}
+           for i in np.flatnonzero(long | silent).tolist()]  # fmt: skip
+    return Prompts(
+        manifest, every.take(kept), pl.DataFrame(why, schema=dict.fromkeys(("uid", "task", "reason"), pl.String))
+    )
+
+
+def cppo_of(
+    config: CppoConfig, stage: Prompts, phases: Phases, model: Any, tokenizer: Any, device: torch.device, seed: int,
+    say: Callable[[str], None],
+) -> Cppo:  # fmt: skip
+    """The method of a run.
+
+    Raises:
+        InputError: a reward, a reference or a value function that cannot be used; dropout.
+    """
+    _check_dropout(model)
+    reference = _other(config, config.kl.reference, "kl.reference", model, tokenizer, device)
+    named, anchor = config.retention.model, None
+    if config.retention.weight and config.retention.anchor == "previous_task":
+        anchor = reference if named == config.kl.reference else _other(
+            config, named, "retention.model", model, tokenizer, device)  # fmt: skip
+    head, critic = _value(config, model, device) if config.advantages == "gae" else (None, None)
+    embedder = open_embedder(EmbedConfig.model_validate({}), Path(config.base))
+    reward, of, how = open_reward(config.reward, Path(config.base), embedder), config.rollouts, config.weights
+    rollouts = Rollouts(
+        phases=phases, manifest=stage.manifest, examples=stage.rows, tokenizer=tokenizer,
+        sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=reward,
+        reward_id=reward.fingerprint, rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
+        out=Path(config.out), batch_size=of.batch_size, name="policy in training",
+    )  # fmt: skip
+    return Cppo(
+        rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,
+        level=config.level, clip=config.clip, gamma=config.gamma, lam=config.lam, value_clip=config.value.clip,
+        value_weight=config.value.weight, missing_end=config.missing_end, kl=config.kl.coef,
+        kl_target=config.kl.target, kl_horizon=config.kl.horizon, kl_most=config.kl.most,
+        retention=config.retention.weight, weights=how.kind, lead=how.lead, k=how.k, bounds=(how.lb, how.ub),
+        power=how.power, tau=how.tau, seed=seed, say=say,
+    )  # fmt: skip
+
+
+def _other(config: CppoConfig, named: str | None, where: str, model: Any, tokenizer: Any, device: Any) -> Any:
+    """A model that stays: the one before training (of an adapter: the weights without it), or another."""
+    if named is None and config.lora is not None:
+        return AdapterOff(model, "default")
+    other = open_model(config, named, where)
+    check_vocabulary(other, tokenizer, where)
+    if other.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"{where}: {other.config.vocab_size:,} tokens, the model has {model.config.vocab_size:,}",
+                         remedy="an anchor speaks of the same tokens: name a model of this family")  # fmt: skip
+    return other.to(device).eval().requires_grad_(False)
+
+
+def _value(config: CppoConfig, model: Any, device: Any) -> tuple[nn.Module, Any]:
+    critic = open_model(config, config.value.model, "value.model").to(device) if config.value.model else None
+    width = (critic or model).config.get_text_config().hidden_size
+    head = nn.Linear(width, 1).to(device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if config.value.head is not None:
+        path = config.path(config.value.head)
+        try:
+            head.load_state_dict(load_file(path))
+        except Exception as error:  # whatever a broken or foreign file raises, it cannot be used
+            raise InputError(f"value.head {path}: no value head of {width} numbers: {str(error)[:200]}",
+                             remedy=f"name the {VALUE} that an older stage of this model left") from None  # fmt: skip
+    return head, critic
+
+
+def _check_dropout(model: Any) -> None:
+    """A pass that is trained on must be the one that was measured, else no ratio is 1."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+        getattr(model.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
+    ):
+        raise InputError("the model has dropout: its ratios to the policy that drew a sample would be noise",
+                         remedy="set lora.lora_dropout=0, or the dropout of the model's config.json to 0")  # fmt: skip
+
+
+def write_head(method: Cppo, out: Path) -> None:
+    """The value head, for the next stage."""
+    if method.head is not None:
+        save_file({k: v.detach().cpu().contiguous() for k, v in method.head.state_dict().items()}, out / f".{VALUE}")
+        (out / f".{VALUE}").replace(out / VALUE)

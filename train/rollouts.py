@@ -1,0 +1,264 @@
+"""Phases of reinforcement learning: completions of the policy, their rewards and log-probabilities, on disk.
+
+It owns what is measured before a phase is trained on, and its folder `rollouts/phase-N`: a manifest (completions with
+reward and bucket, so that `curate check`, notebooks and the report read it like one of `curate build`) and
+`samples.safetensors`, from which a run that was killed goes on with the same bits. What samples are worth (advantages,
+weights) is the method's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from curate.errors import InputError
+from curate.manifest import Manifest, Rule, part, sequence_logp, write
+from curate.manifest.schema import TABLES, completion_uid
+from curate.models import LocalModel, Prompt, Sampling
+from curate.models.local import tokenizer_fingerprint
+from train.folder import whole
+from train.logprobs import Reference, token_values
+from train.phases import Phases
+from train.prefix import batch_of
+
+FOLDER, SAMPLES = "rollouts", "samples.safetensors"
+BUCKETS = ("high_performance", "overfitting", "high_variance", "noisy", "normal")
+ON_DISK = ("tokens", "mask", "logps", "reference", "anchor", "values", "row", "score", "ended", "z_p", "z_r")
+
+
+@dataclass
+class Samples:
+    """n samples of a phase; token-level tensors are [n, t], t the longest answer.
+
+    Attributes:
+        prompts: tokens of each prompt.
+        tokens, mask: of the answers, padded on the right.
+        logps: log π of the policy that drew them, nats, at the sampling temperature.
+        reference: log π of the KL's reference; anchor: of the retention's.
+        values: V before each token; 0 without a value head.
+        row: [n] which example was answered; score: [n] rewards; ended: [n] 1 where the end token came.
+        z_p, z_r: [n] standard scores of mean log-probability and reward over the phase.
+        bucket: [n] names.
+    """
+
+    prompts: list[Any]
+    tokens: Tensor
+    mask: Tensor
+    logps: Tensor
+    reference: Tensor
+    anchor: Tensor
+    values: Tensor
+    row: Tensor
+    score: Tensor
+    ended: Tensor
+    z_p: Tensor
+    z_r: Tensor
+    bucket: list[str]
+
+    def answers(self) -> list[Any]:
+        """Tokens of each answer."""
+        return [row[mask].numpy().astype(np.int32) for row, mask in zip(self.tokens, self.mask, strict=True)]
+
+
+@dataclass
+class Rollouts:
+    """Makes phases.
+
+    Attributes:
+        phases: which prompts a phase answers.
+        manifest: whose samples are the prompts.
+        examples: the same as tokens: `row` counts them.
+        tokenizer: of the policy.
+        sampling: k, temperature, max_new_tokens, seed.
+        reward: says how good an answer is.
+        rule: of the buckets.
+        reference, anchor: models, or contexts in which the policy itself is one; an anchor of None is the policy that
+            drew the samples.
+        out: the run's folder.
+        batch_size: sequences of a forward pass.
+        name: of the run, in `policy`.
+    """
+
+    phases: Phases
+    manifest: Manifest
+    examples: Any
+    tokenizer: Any
+    sampling: Sampling
+    reward: Any
+    reward_id: str
+    rule: Rule
+    reference: Reference
+    anchor: Reference | None
+    out: Path
+    batch_size: int
+    name: str
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = {row["uid"]: row for row in self.manifest.samples.iter_rows(named=True)}
+
+    def phase(self, number: int, model: Any, head: Any, critic: Any) -> Samples:
+        """The samples of a phase: read where it is on disk, else drawn, judged, measured and written.
+
+        `head` makes values of the last hidden state of the policy, or of `critic`; None: there are no values.
+
+        Raises:
+            InputError: a reward that cannot be used, with the uid of its prompt; a full disk.
+        """
+        folder = self.out / FOLDER / f"phase-{number:05d}"
+        if (folder / SAMPLES).is_file():
+            return self._read(folder)
+        rows, training = self.phases.rows(number).tolist(), model.training
+        model.eval()
+        try:
+            uids = [self.examples.uid[int(row)] for row in rows]
+            drawn = self._draw(number, uids, model)
+            scores = self._judge(uids, [each.text for each in drawn])
+            found = self._measured(rows, drawn, scores, model, head, critic)
+        finally:
+            model.train(training)
+        with whole(folder / f".{SAMPLES}", "the same command goes on from its last checkpoint"):
+            self._write(folder, number, uids, drawn, found)
+        return found
+
+    # --- completions and rewards ---
+
+    def _draw(self, number: int, uids: Sequence[str], model: Any) -> list[Any]:
+        """A completion of each sample; the k of a prompt stand together."""
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        policy = LocalModel.around(plain, self.tokenizer, self.name, self.batch_size)
+        # a uid of its own in each phase: draws depend on seed, uid and number alone
+        prompts = [Prompt(f"{uid}/{number}", self.rows[uid]["prompt"], self.rows[uid]["tools"])
+                   for uid in uids[:: self.sampling.k]]  # fmt: skip
+        return [each for some in policy.generate(prompts, self.sampling) for each in some]
+
+    def _judge(self, uids: Sequence[str], texts: Sequence[str]) -> list[float]:
+        rows = [self.rows[uid] for uid in uids]
+        prompts = [Prompt(row["uid"], row["prompt"], row["tools"]) for row in rows]
+        try:
+            found = list(self.reward(prompts, list(texts), [row["references"] for row in rows]))
+        except InputError:
+            raise
+        except Exception as error:  # the user's own function may raise anything
+            raise InputError(
+                f"reward {self.reward_id}: {type(error).__name__}: {str(error)[:300]}; the phase begins with uid "
+                f"{uids[0]}",
+                remedy="mend the reward: the step was not taken, and the same command goes on from the last checkpoint",
+            ) from error
+        if len(found) != len(texts):
+            raise InputError(f"reward {self.reward_id}: {len(found)} rewards for {len(texts)} completions")
+        for uid, value in zip(uids, found, strict=True):
+            if value is None or not math.isfinite(value):
+                raise InputError(
+                    f"reward {self.reward_id}: {value} for a completion of uid {uid}",
+                    remedy="a reward must be a finite number; the step was not taken",
+                )
+        return [float(value) for value in found]
+
+    # --- what the models say ---
+
+    def _measured(
+        self, rows: Sequence[int], drawn: Sequence[Any], scores: Sequence[float], model: Any, head: Any, critic: Any
+    ) -> Samples:
+        prompts = [self._prompt(int(row)) for row in rows]
+        answers = [np.array(each.token_ids, np.int32) for each in drawn]
+        n, t = len(answers), max(map(len, answers))
+        tokens, mask = torch.zeros(n, t, dtype=torch.long), torch.zeros(n, t, dtype=torch.bool)
+        for i, answer in enumerate(answers):
+            tokens[i, : len(answer)], mask[i, : len(answer)] = torch.from_numpy(answer.astype(np.int64)), True
+        logps, values = self._of(prompts, answers, mask, model, None, head if critic is None else None)
+        if critic is not None:
+            values = self._of(prompts, answers, mask, critic, None, head)[1]
+        same = self.reference is self.anchor
+        reference = self._of(prompts, answers, mask, model, self.reference, None)[0]
+        anchor = logps if self.anchor is None else reference if same else self._of(
+            prompts, answers, mask, model, self.anchor, None)[0]  # fmt: skip
+        listed = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
+        frame = pl.DataFrame({"token_logps": listed, "reward": scores, "task": [""] * n, "batch": [0] * n})
+        bucket, stats = self.rule.assign(frame)  # over the phase
+        z_p, z_r = stats["0"].z([sequence_logp(each, self.rule.logp) for each in listed], scores)
+        return Samples(
+            prompts, tokens, mask, logps, reference, anchor, values, torch.tensor([int(row) for row in rows]),
+            torch.tensor(scores, dtype=torch.float64), torch.tensor([float(bool(each.finished)) for each in drawn]),
+            torch.from_numpy(z_p), torch.from_numpy(z_r), bucket.to_list(),
+        )  # fmt: skip
+
+    def _prompt(self, row: int) -> Any:
+        return self.examples.row_tokens(row)[: int(self.examples.first_target[row])]
+
+    @torch.no_grad()
+    def _of(
+        self, prompts: list[Any], answers: list[Any], mask: Tensor, model: Any, other: Reference | None, head: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(log π, V) of the answers' tokens, [n, t] each; of another model, or inside a context."""
+        logps, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
+        asked, inside = (other, None) if isinstance(other, torch.nn.Module) else (model, other)
+        device = next(asked.parameters()).device
+        for start in range(0, len(prompts), self.batch_size):
+            at = slice(start, start + self.batch_size)
+            batch = {k: v.to(device) for k, v in rows_of(prompts[at], answers[at]).items()}
+            of: Any = ("logps", "values") if head is not None else ("logps",)
+
+            def ask(batch: Any = batch, of: Any = of) -> Any:
+                return token_values(asked, batch, of, value_head=head, temperature=self.sampling.temperature)
+
+            if inside is None:
+                found = ask()
+            else:
+                with inside():
+                    found = ask()
+            targets = batch["loss_mask"]
+            logps[at][mask[at]] = found["logps"][targets].float().cpu()
+            if head is not None:
+                values[at][mask[at]] = found["values"][targets].float().cpu()
+        return logps, values
+
+    # --- on disk ---
+
+    def _write(self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples) -> None:
+        seen: dict[tuple[str, str], int] = {}
+        rows = []
+        policy, fingerprint = f"{self.name}, phase {number}", tokenizer_fingerprint(self.tokenizer)
+        for i, (uid, each) in enumerate(zip(uids, drawn, strict=True)):
+            index = seen[uid, each.text] = seen.get((uid, each.text), -1) + 1
+            sample = self.rows[uid]
+            rows.append({
+                "uid": completion_uid(uid, "policy", each.text, index), "prompt_uid": uid, "task": sample["task"],
+                "stage": sample["stage"], "origin": "policy", "text": each.text, "token_ids": each.token_ids,
+                "token_logps": found.logps[i][found.mask[i]].tolist(), "n_tokens": each.n_tokens, "policy": policy,
+                "tokenizer": fingerprint, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
+                "finished": bool(each.finished), "batch": number, "reward": float(found.score[i]),
+                "reward_id": self.reward_id, "bucket": found.bucket[i],
+            })  # fmt: skip
+        columns = TABLES["completions"].columns
+        completions = pl.DataFrame(rows, schema={c: columns[c].dtype for c in columns}).with_columns(
+            rank=pl.col("reward").rank("min", descending=True).over("prompt_uid").cast(pl.Int32)
+        )
+        frames, provenance = part(self.manifest, set(uids), completions.sort("uid"), f"rollouts of phase {number}")
+        _, stats = self.rule.assign(completions)
+        facts = {"rule": asdict(self.rule), "statistics": {name: asdict(s) for name, s in stats.items()}}
+        card = f"# Rollouts of phase {number}\n\n{len(rows)} completions of {len(set(uids))} prompts.\n"
+        write(folder, frames, {**provenance, "buckets": facts}, card)
+        held = {name: getattr(found, name).contiguous().clone() for name in ON_DISK}
+        held["bucket"] = torch.tensor([BUCKETS.index(name) for name in found.bucket])
+        save_file(held, folder / f".{SAMPLES}")
+        (folder / f".{SAMPLES}").replace(folder / SAMPLES)
+
+    def _read(self, folder: Path) -> Samples:
+        held = load_file(folder / SAMPLES)
+        bucket = [BUCKETS[i] for i in held.pop("bucket").tolist()]
+        return Samples([self._prompt(row) for row in held["row"].tolist()], bucket=bucket, **held)
+
+
+def rows_of(prompts: Sequence[Any], answers: Sequence[Any]) -> dict[str, Tensor]:
+    """A row a sample, padded on the right: row i is sample i."""
+    return batch_of(prompts, [[answer] for answer in answers], [[(i, [0])] for i in range(len(prompts))])
