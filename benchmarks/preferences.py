@@ -11,7 +11,7 @@ Each arm runs through `train` as a user would run it, stage by stage from the mo
 task come back in each later stage where the arm replays, as a quarter of the rows; each current prompt is seen equally
 often by all arms. `train eval` scores every checkpoint. `ranking`: the share of pairs whose better answer has the
 larger log π(y|x), summed over its tokens; `ranking_change`: the same of log π − log π of the model before training, so
-that 0.5 = nothing learnt, and length has no part in it.
+that 0.5 = nothing learnt.
 """
 
 from __future__ import annotations

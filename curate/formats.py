@@ -268,7 +268,11 @@ def _common_start(a: list[Message], b: list[Message]) -> list[Message]:
 def _candidates(value: Any) -> list[Candidate]:
     items = parsed_list(value, "candidates")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise RowFault(f"a list of {{text, rank, score}} was expected, found {kind_of(value)}", "candidates")
+        of = f" of {kind_of(items[0])}" if isinstance(items, list) and items else ""
+        raise RowFault(
+            f"a list of {{text, rank}} or {{text, score}} was expected, found {kind_of(value)}{of}; make "
+            '[{"text": "…", "rank": 1}, …] of parallel lists', "candidates",
+        )  # fmt: skip
     if len(items) < 2:
         raise RowFault(f"at least 2 candidates are needed, found {len(items)}", "candidates")
     texts = [as_text(item.get("text"), "candidates") for item in items]

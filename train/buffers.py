@@ -18,6 +18,7 @@ import polars as pl
 from curate.errors import InputError
 from curate.manifest import Manifest, part, read, write
 from curate.manifest.io import sha256_file
+from curate.manifest.markdown import escape
 from curate.models.local import tokenizer_fingerprint
 from train.sets import Sets
 
@@ -49,7 +50,12 @@ def write_buffer(
     kept = manifest.completions.filter(pl.col("uid").is_in([sets.uid[k] for k in answers]))
     frames, provenance = part(manifest, prompts, kept, "a buffer of COPR")
     (folder / FACTS).unlink(missing_ok=True)  # a buffer without it is none
-    card = f"# Buffer of {facts['task']}\n\n{len(rows)} prompts with their ranked answers, kept by COPR.\n"
+    card = (
+        f"# Buffer of {escape(facts['task'])}\n\n{len(rows)} prompts with their ranked answers, kept by COPR for the "
+        f"stages after this one. `{TARGETS}`: log P* of each answer over its prompt's own, nats, with "
+        f"β = {facts['beta']} and log π of an answer as the {facts['reduction']} over its tokens. `{FACTS}`: what they "
+        "were computed with.\n"
+    )
     write(folder, frames, {**provenance, "buffer": facts}, card)
     table = pl.DataFrame({"uid": [sets.uid[k] for k in answers], "log_target": sets.target[answers]})
     table.sort("uid").write_parquet(folder / TARGETS)
@@ -63,18 +69,43 @@ def write_buffer(
     return folder
 
 
+def _targets(path: Path) -> dict[str, float]:
+    """Log P* of each completion.
+
+    Raises:
+        ValueError: not two columns, a uid twice, or a value that no log-probability has.
+    """
+    table = pl.read_parquet(path, glob=False)
+    if table.schema != {"uid": pl.String, "log_target": pl.Float64} or table["uid"].is_duplicated().any():
+        raise ValueError(f"{path.name}: not one log_target for each uid")
+    values = table["log_target"]
+    if values.null_count() or not values.is_finite().all() or (table.height and float(values.max()) > 1e-9):  # type: ignore[arg-type]
+        raise ValueError(f"{path.name}: a log P* that is no log-probability")
+    return dict(table.iter_rows())
+
+
 def read_buffer(folder: Path, tokenizer: Any, beta: float, reduction: str, **how: Any) -> tuple[str, Sets]:
     """(name of the task, its sets with log P*); `how` as `Sets.of` takes it.
 
     Raises:
         InputError: no buffer, one that was edited, or one of another tokenizer, β or reduction.
     """
+    if not (folder / FACTS).is_file():
+        inside = folder / "buffer"
+        raise InputError(
+            f"buffer {folder}: not a buffer: it has no {FACTS}",
+            remedy=f"did you mean {inside}?" if (inside / FACTS).is_file()
+            else "name the folder `buffer` of a finished `train copr` run",
+        )  # fmt: skip
     try:
         facts = json.loads((folder / FACTS).read_bytes())
+        stored = _targets(folder / TARGETS)
+        if not isinstance(facts["task"], str):
+            raise ValueError("task is no name")
         for name, key in ((TARGETS, "targets"), ("provenance.json", "manifest")):
             if sha256_file(folder / name) != facts[key]:
                 raise InputError(f"buffer {folder}: {name} is not what its stage wrote", remedy="run that stage again")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"buffer {folder}: not a buffer: {error!r}",
@@ -87,7 +118,11 @@ def read_buffer(folder: Path, tokenizer: Any, beta: float, reduction: str, **how
                 remedy="use the same one in all stages: log P* of different ones cannot be compared",
             )
     sets = Sets.of(read(folder), tokenizer, kind="ranked", **how)
-    stored = dict(pl.read_parquet(folder / TARGETS).iter_rows())
     if missing := [uid for uid in sets.uid if uid not in stored]:
-        raise InputError(f"buffer {folder}: {TARGETS} has no row for completion {missing[0]}")
-    return facts["task"], replace(sets, target=np.array([stored[uid] for uid in sets.uid], np.float64))
+        raise InputError(f"buffer {folder}: {TARGETS} has no row for completion {missing[0]}",
+                         remedy="run that stage again")  # fmt: skip
+    target = np.array([stored[uid] for uid in sets.uid], np.float64)
+    for row in range(len(sets)):  # of the answers that are left where others did not fit
+        at = slice(int(sets.bounds[row]), int(sets.bounds[row + 1]))
+        target[at] -= np.logaddexp.reduce(target[at])
+    return facts["task"], replace(sets, target=target)

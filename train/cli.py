@@ -95,6 +95,25 @@ def grpo(config: Config = None, settings: Words = None, quiet: Quiet = False) ->
 
 
 @app.command()
+def settings(
+    method: Annotated[str, typer.Argument(help="cft, cpt, copr, dpo, pbl, cppo, grpo, fisher or eval")],
+) -> None:
+    """Every setting of a command with its default and what it means; those of TrainingArguments stand beside them.
+
+    Example: train settings copr
+    """
+    from train.config import described
+
+    try:
+        rows = described(method)
+    except KeyError as error:
+        raise typer.BadParameter(f"no command {method!r}: {error.args[0]}") from None
+    width = max(len(f"{name} = {default}") for name, default, _ in rows)
+    for name, default, what in rows:
+        sys.stdout.write(f"{f'{name} = {default}':<{min(width, 44)}}  {what}\n")
+
+
+@app.command()
 def fisher(config: Config = None, settings: Words = None) -> None:
     """Estimate the diagonal Fisher information of a model on its rows: what `ewc` holds in later stages.
 

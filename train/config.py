@@ -157,6 +157,8 @@ class AnswersConfig(RunConfig):
 
     @model_validator(mode="after")
     def _no_packs(self) -> AnswersConfig:
+        if self.init is not None and self.reference == "manifest":
+            raise ValueError("`init`: no manifest knows log π of random weights; set reference: measure")
         if self.packing:
             raise ValueError("`packing` is for single answers; here `layout` decides what shares a row")
         return self
@@ -187,18 +189,30 @@ class DpoConfig(AnswersConfig):
 class CoprConfig(AnswersConfig):
     """COPR: the policy is fitted to the optimum of its own update; older optima are constraints."""
 
-    beta: float = Field(0.1, gt=0, description="β of P* = π_{t−1} · exp(Adv/β): small = bold")
+    beta: float = Field(0.1, ge=1e-6, allow_inf_nan=False, description="β of P* ∝ π_{t−1} · exp(Adv/β): small = bold")
     gamma: float = Field(1.0, ge=0, allow_inf_nan=False, description="γ of the best answer's NLL")
     fit: Literal["mse", "kl"] = Field("mse", description="distance of log P_θ and log P*; kl is an ablation")
     reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of an answer: over its tokens")
-    buffers: Folders = Field(default_factory=list, description="folders `buffer` of older stages, in their order")
+    buffers: Folders = Field(default_factory=list, description="folders `buffer` of all older stages, in their order")
     constraint: Literal["dual", "fixed", "replay", "none"] = Field(
         "dual", description="what buffers are for: fixed: λ stays; replay: fitted as the current task; none: nothing"
     )
     initial: float = Field(1.0, gt=0, allow_inf_nan=False, description="λ_i at the start")
-    rate: float = Field(0.1, ge=0, allow_inf_nan=False, description="learning rate of the dual ascent")
+    rate: float = Field(0.1, ge=0, allow_inf_nan=False, description="learning rate of the dual ascent of ln λ")
     clamp: tuple[float, float] = Field((-5.0, 5.0), description="least and most ln λ")
-    keep: float = Field(0.05, ge=0, le=1, description="share of the task's prompts that its buffer keeps, at least one")
+    keep: float = Field(
+        0.05, ge=0, le=1, description="share of the task's prompts that its buffer keeps, at least one; with few of "
+        "them, give `mixture` a share of replay, so that steps see them"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _interval(self) -> CoprConfig:
+        low, high = self.clamp
+        if not -math.inf < low <= math.log(self.initial) <= high < math.inf:
+            raise ValueError(f"`clamp`: [{low:g}, {high:g}] must be an interval that ln `initial` lies in")
+        if len(set(self.buffers)) < len(self.buffers):
+            raise ValueError("`buffers`: one is named twice")
+        return self
 
 
 class RolloutConfig(Section):
@@ -210,6 +224,7 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of sampling, and of every log π")
     passes: int = Field(2, gt=0, description="over the samples of a phase: its steps are prompts · k · passes / batch")
     batch_size: int = Field(32, gt=0, description="sequences of a forward pass that draws or measures")
+    offline: bool = Field(False, description="nothing is drawn: the manifest's own rollouts, with their rewards")
 
 
 class RewardKlConfig(Section):
@@ -333,12 +348,27 @@ def _split(model: type[RunConfig], data: Mapping[str, Any]) -> tuple[dict[str, A
     if wrong := next((key for key in data if key in UNUSED and key not in model.model_fields), None):
         raise InputError(f"{wrong}: not for this trainer: {UNUSED[wrong]}", remedy="leave it out")
     if wrong := next((key for key in data if key not in fields and key not in model.model_fields), None):
+        if wrong in ALIASES:
+            raise InputError(f"unknown key {wrong!r}", remedy=f"its name here is {ALIASES[wrong]}")
+        others = [m.__name__.removesuffix("Config").lower() for m in _methods(RunConfig) if wrong in m.model_fields]
+        if others:
+            raise InputError(f"{wrong}: not for this command", remedy=f"it belongs to train {' and '.join(others)}")
         near = difflib.get_close_matches(wrong, [*model.model_fields, *fields], 1)
         raise InputError(f"unknown key {wrong!r}{f'; did you mean {near[0]!r}?' if near else ''}",
-                         remedy="keys are those of train/config.py and of transformers.TrainingArguments")  # fmt: skip
+                         remedy="see `train settings METHOD` and transformers.TrainingArguments")  # fmt: skip
     theirs = {key: _meant(key, value, fields[key]) for key, value in data.items()
               if key in fields and key not in model.model_fields}  # fmt: skip
     return {key: value for key, value in data.items() if key not in theirs}, theirs
+
+
+ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+           "lambda": "initial (λ at the start; COPR)", "steps": "max_steps"}  # fmt: skip
+
+
+def _methods(model: type[RunConfig]) -> list[type[RunConfig]]:
+    """The settings of all methods, those that are no method themselves left out."""
+    found = [m for sub in model.__subclasses__() for m in _methods(sub)]
+    return found if model in (RunConfig, AnswersConfig) else [model, *found]
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -385,3 +415,46 @@ def _meant(key: str, value: Any, kind: str) -> Any:
 def dump(config: RunConfig, theirs: Mapping[str, Any]) -> str:
     """The resolved settings as YAML."""
     return yaml.safe_dump({**config.model_dump(), **theirs}, sort_keys=True, allow_unicode=True)
+
+
+def described(command: str) -> list[tuple[str, str, str]]:
+    """(key, default, what it means) of a command's own settings, those of sections by their dotted names.
+
+    Raises:
+        KeyError: no such command.
+    """
+    from train.evaluate import EvalConfig
+    from train.fisher import FisherConfig
+
+    known: dict[str, type[Section]] = {m.__name__.removesuffix("Config").lower(): m for m in _methods(RunConfig)}
+    known |= {"eval": EvalConfig, "fisher": FisherConfig}
+    if command not in known:
+        raise KeyError(f"there are {', '.join(known)}")
+    return _described(known[command], "")
+
+
+def _described(model: type[Section], before: str) -> list[tuple[str, str, str]]:
+    found = []
+    for name, field in model.model_fields.items():
+        if field.exclude:
+            continue
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        default = field.get_default(call_default_factory=True)
+        shown = (
+            "…"
+            if field.is_required()
+            else "(off)"
+            if section and default is None
+            else ""
+            if section
+            else _shown(default)
+        )
+        found.append((before + name, shown, field.description or ""))
+        if section is not None:
+            found += _described(section, f"{before}{name}.")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -219,7 +219,7 @@ def check_fingerprints(manifest: Manifest, tokenizer: Any, policy: str | None = 
             f"{file}: the log-probabilities of {other.height} of {rows.height} completions were measured under another "
             f"policy (column 'policy': {_first(other, 'policy')}; the model's is {policy})",
             remedy="start from the weights that the manifest names as policy, or build it again with `policy.model` "
-            "naming these",
+            "naming these, or, where training measures them itself, set reference=measure",
         )
 
 

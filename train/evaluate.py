@@ -105,6 +105,9 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
     with _staged(out, "matrix.svg") as file:
         heat_map(r, config.models, tasks, config.metric, file)
     found = summary(items, config) | {"left_out": left_out.height}
+    if len(config.models) != len(tasks) + 1:
+        say(f"no AP, BWT or forgetting: for {len(tasks)} tasks they take {len(tasks) + 1} models, one before training "
+            "and one a stage, of one method")  # fmt: skip
     with _staged(out, "metrics.json") as file:
         text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         file.write_text(text, encoding="utf-8")
@@ -225,6 +228,8 @@ def summary(items: pl.DataFrame, config: EvalConfig) -> dict[str, Any]:
         again = np.stack([scores[t][:, at[t]].mean(1) for t in tasks], 1)
         drawn.append(_metrics(tasks, again, config) | _answers_kept([correct[t][:, at[t]] for t in tasks]))
     found: dict[str, Any] = {"tasks": tasks, "models": config.models, "metric": config.metric}
+    if config.metric.startswith("ranking"):
+        found["reduction"] = config.reduction
     for name, value in (_metrics(tasks, r, config) | _answers_kept([correct[t] for t in tasks])).items():
         interval = _interval([each[name] for each in drawn])
         if name == "forgetting" and interval is not None:  # a maximum: resampling adds its bias once more

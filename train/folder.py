@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from polars.exceptions import PolarsError
 from safetensors import SafetensorError
 
 from curate.errors import InputError
@@ -54,6 +55,9 @@ def refuse_foreign(out: Path, own: Collection[str], inputs: Iterable[Path] = (),
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{where} {out}: {error.strerror or error}", remedy="choose another folder") from None
+    if odd := next((n for n in names if n in ("buffer", MODEL, "rollouts") and (
+        (out / n).is_symlink() or not (out / n).is_dir())), None):  # fmt: skip
+        raise InputError(f"{where} {out}: {odd} in it is no folder of a run", remedy="choose a new folder")
     if other := next((n for n in names if not any(fnmatch(n, pattern) for pattern in own)), None):
         raise InputError(f"{where} {out}: the folder holds other files than this command writes, as {other!r}",
                          remedy="choose a new folder")  # fmt: skip
@@ -100,7 +104,9 @@ def whole(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, PolarsError) as error:
+        if isinstance(error, PolarsError) and "os error" not in str(error).lower():
+            raise
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's way to say so
             raise
         if path.is_dir():

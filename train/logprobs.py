@@ -346,12 +346,22 @@ def _inputs(causal: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, A
         given["attention_mask"] = torch.zeros_like(mask, dtype=causal.dtype).masked_fill(
             ~mask, torch.finfo(causal.dtype).min
         )
+    if mask is not None and mask.dim() == 4 and causal.config._attn_implementation == "flex_attention":
+        given["attention_mask"] = _blocks(mask)
     uncounted = given.get("position_ids") is None and "position_ids" in accepted
     if uncounted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
         given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         given["use_cache"] = False  # not for speed alone: with a cache transformers takes a packed row for one sample
     return given
+
+
+def _blocks(mask: Tensor) -> Any:
+    """A bool mask [b, 1, t, t] as FlexAttention takes it: blocks that nothing sees are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (b, _, t, _), seen = mask.shape, mask[:, 0]
+    return create_block_mask(lambda row, _, q, k: seen[row, q, k], b, None, t, t, device=mask.device)
 
 
 def _is_eager(causal: PreTrainedModel) -> bool:

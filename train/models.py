@@ -74,6 +74,8 @@ def open_model(config: RunConfig, name: str | None = None, where: str = "model")
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and frozen and torch.cuda.is_available())
     how: dict[str, Any] = {"dtype": torch.bfloat16 if half else torch.float32}
     if config.attention:
+        if config.attention == "flex_attention" and not torch.cuda.is_available():
+            raise InputError("attention: flex_attention has no backward pass without a GPU", remedy="attention=sdpa")
         how["attn_implementation"] = config.attention
     name = name or config.model
     try:

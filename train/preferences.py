@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 
 from curate.errors import InputError
 from curate.manifest import Manifest, read
+from curate.manifest.io import sha256_file
 from curate.models.weights import model_folder, weights_hash
-from train.buffers import chosen, read_buffer, write_buffer
+from train.buffers import TARGETS, chosen, read_buffer, write_buffer
 from train.config import AnswersConfig, CoprConfig, DpoConfig, PblConfig
+from train.folder import whole as whole_or_gone
 from train.losses.copr import advantages, draw_scale, fit_loss, optimal_logps
 from train.methods import Method
 from train.methods.answers import Reduction, answer_values
@@ -32,6 +35,7 @@ from train.sets import Kind, SetCollator, Sets
 
 Values = NDArray[np.float64]
 BUFFER = "buffer"
+EVERY = ("current", "replay", "augmented")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,36 +65,62 @@ def read_stage(name: str, config: AnswersConfig, tokenizer: Any, ends: set[int],
     """
     if isinstance(config, CoprConfig) and len(config.data) > 1:
         raise InputError("data: COPR has one current task, in one manifest", remedy="older ones are `buffers`")
-    parts, tasks = [read_sets(name, config, config.data, tokenizer, ends, context)], list[str]()
-    if isinstance(config, CoprConfig) and config.constraint != "none":
-        most = _most(config, context)
+    own = ("current",) if name == "copr" else EVERY
+    parts, tasks = [read_sets(name, config, config.data, tokenizer, ends, context, own)], list[str]()
+    if isinstance(config, CoprConfig):
+        most, seen = _most(config, context), dict[str, str]()
         for folder in config.buffers:
             where = config.path(folder)
             task, sets = read_buffer(where, tokenizer, config.beta, config.reduction, ends=ends, max_length=most)
             _refuse_long(folder, sets, config, most)
+            stamp = sha256_file(where / TARGETS)
+            if stamp in seen:
+                raise InputError(f"buffers: {folder} and {seen[stamp]} are the same", remedy="name each task once")
+            seen[stamp] = folder
+            if config.constraint == "none":  # read all the same: a name that is wrong is told
+                continue
+            if not len(sets):
+                raise InputError(f"buffer {folder}: none of its prompts has two answers that fit",
+                                 remedy="a larger max_length, or leave it out of `buffers`")  # fmt: skip
             parts.append(as_replay(sets))
-            tasks.append(task)
+            tasks.append(task if task not in tasks else f"{task} ({len(tasks) + 1})")
+    if isinstance(config, CoprConfig) and (config.mixture or {}).get("replay", 0) > 0 and not tasks:
+        raise InputError("mixture: COPR's replay are its `buffers`, and none is given or used",
+                         remedy="name the folders `buffer` of older stages, or leave `mixture` out")  # fmt: skip
+    if tasks and config.mixture is not None and config.mixture.get("replay", 1) == 0:
+        raise InputError("mixture: it leaves out the `buffers`, so nothing would hold the older tasks",
+                         remedy="give replay a share, or set constraint=none")  # fmt: skip
     return Stage(Sets.concat(parts), read(config.path(config.data[0])), tasks)
 
 
 def read_sets(
-    name: str, config: AnswersConfig, folders: Sequence[str], tokenizer: Any, ends: set[int], context: int | None
-) -> Sets:
+    name: str, config: AnswersConfig, folders: Sequence[str], tokenizer: Any, ends: set[int], context: int | None,
+    origins: Sequence[str] = EVERY,
+) -> Sets:  # fmt: skip
     """The sets of manifests, as one source.
 
     Raises:
         InputError: nothing usable at all; answers that do not fit where `too_long` is error.
     """
     kind: Kind = "compared" if name == "pbl" else "ranked"
-    origins = ("current",) if name == "copr" else ("current", "replay", "augmented")
     most, policy = _most(config, context), policy_hash(config) if config.reference == "manifest" else None
     found = [Sets.of(read(config.path(folder)), tokenizer, kind=kind, ends=ends, policy=policy, max_length=most,
                      origins=origins) for folder in folders]  # fmt: skip
     for folder, sets in zip(folders, found, strict=True):
         _refuse_long(folder, sets, config, most)
     if not any(len(sets.tokens) for sets in found):
-        raise _nothing(folders, kind)
+        raise _nothing(folders, kind, found)
     whole = Sets.concat(found)
+    where, ranked = ", ".join(folders), kind == "ranked"
+    if not whole.rows.weights.any():
+        raise InputError(f"{where}: column 'weight' is 0 for all prompts with answers", remedy="use weights of about 1")
+    if name == "dpo" and not any(len(set(whole.rank[whole.bounds[i] : whole.bounds[i + 1]])) > 1
+                                 for i in range(len(whole))):  # fmt: skip
+        raise InputError(f"{where}: the answers of every prompt are tied", remedy="DPO needs two of unlike rank")
+    asked = pl.concat([read(config.path(folder)).samples for folder in folders])
+    if ranked and asked.filter(origin="current").height and not (whole.rows.groups("origin").keys() & {"current"}):
+        raise InputError(f"{where}: no prompt of the current task has two ranked answers",
+                         remedy="is it the right manifest? its current task has no ranked answers")  # fmt: skip
     return replace(whole, source=np.zeros_like(whole.source))
 
 
@@ -116,17 +146,18 @@ def policy_hash(config: AnswersConfig) -> str | None:
     return weights_hash(folder)
 
 
-def collator(config: AnswersConfig, model: Any, pad: int, gold: bool) -> SetCollator:
-    """Batches of sets, in the layout that this model obeys.
+def collator(config: AnswersConfig, model: Any, pad: int, gold: bool, every: Sequence[Sets]) -> SetCollator:
+    """Batches of sets, in the layout that this model obeys for all of them.
 
     Raises:
         InputError: the layout `shared` for a model that does not obey a block mask.
     """
     layout = config.layout
-    if layout != "separate" and not shares_prefixes(model.eval()):
+    longest = max(sets.longest for sets in every)
+    if layout != "separate" and not shares_prefixes(model.eval(), longest):
         if layout == "shared":
-            raise InputError("layout shared: this model's attention takes no block mask",
-                             remedy="set layout=separate, or attention=sdpa")  # fmt: skip
+            raise InputError("layout shared: this model's attention takes no block mask, or sees a window of less "
+                             f"than {longest} tokens", remedy="set layout=separate, or attention=sdpa")  # fmt: skip
         layout = "separate"
     return SetCollator(gold=gold, layout=layout, cost=Cost.of(model), limit=config.row_length, pad=pad)
 
@@ -152,6 +183,12 @@ def fill(config: AnswersConfig, sets: Sets, model: Any, collate: SetCollator, ba
     Raises:
         InputError: a stored log-probability is missing, or not finite.
     """
+    for i, tokens in enumerate(sets.tokens):
+        if len(tokens) and int(tokens.max()) >= model.config.get_text_config().vocab_size:
+            raise InputError(f"{', '.join(sets.rows.sources)}: completions.parquet, column 'token_ids' of uid "
+                             f"{sets.uid[i]}: token {tokens.max()}, the model has "
+                             f"{model.config.get_text_config().vocab_size}", remedy="build the manifest again with "
+                             "this model as `policy`")  # fmt: skip
     if config.reference == "measure":
         sets.logps[:] = measure(model, sets, collate, batch_size)
     unset = np.isnan(sets.target) if isinstance(config, CoprConfig) else np.ones(len(sets.logps), bool)
@@ -164,7 +201,9 @@ def fill(config: AnswersConfig, sets: Sets, model: Any, collate: SetCollator, ba
             f"{', '.join(sets.rows.sources)}: the log-probability of {bad.size} of {len(sets.logps)} answers is "
             f"missing or infinite, the first of completion {sets.uid[first]} of prompt {sets.rows.uid[row]}: {what}",
             remedy="build with `policy` naming this model (rollouts at temperature 1, top_p 1), or set "
-            "reference=measure: the model before training then measures them",
+            "reference=measure: the model before training then measures them"
+            if config.reference == "manifest"
+            else "look at the model's weights: its log-probabilities are no numbers",
         )
     if isinstance(config, CoprConfig):
         ref = per_token(sets, sets.logps, config.reduction)
@@ -182,13 +221,12 @@ def method_of(
                    config.kl.weight if config.kl else 0.0, reference)  # fmt: skip
     assert isinstance(config, CoprConfig)
     tasks = [] if config.constraint == "replay" else stage.tasks
-    d = np.zeros(len(tasks))
     if tasks:
         logps = per_token(stage.sets, measure(model, stage.sets, collate, batch_size), config.reduction)
         each = fits(stage.sets, logps, stage.sets.target, config.fit)
-        d = np.array([each[stage.sets.source == i].mean() for i in range(1, len(tasks) + 1)])
+        stage.sets.start[:] = np.where(stage.sets.source > 0, each, 0)
     return Copr(
-        tasks=tasks, d=torch.from_numpy(d).float(), log_lambda=torch.full((len(tasks),), math.log(config.initial)),
+        tasks=tasks, log_lambda=torch.full((len(tasks),), math.log(config.initial)),
         distance=config.fit, gamma=config.gamma, reduction=config.reduction, constraint=config.constraint,
         rate=config.rate, low=config.clamp[0], high=config.clamp[1],
     )  # fmt: skip
@@ -205,7 +243,8 @@ def leave_buffer(config: CoprConfig, stage: Stage, tokenizer: Any, out: Path, se
     facts = {"task": task, "beta": config.beta, "reduction": config.reduction, "seed": seed,
              "policy": policy_hash(config)}  # fmt: skip
     rows = [int(mine[i]) for i in places]
-    return write_buffer(out / BUFFER, stage.manifest, stage.sets, rows, tokenizer, facts)
+    with whole_or_gone(out / BUFFER, "the model is there, and the same command writes the buffer"):
+        return write_buffer(out / BUFFER, stage.manifest, stage.sets, rows, tokenizer, facts)
 
 
 def targets(sets: Sets, ref: Values, beta: float, seed: int) -> Values:
@@ -240,9 +279,12 @@ def as_replay(sets: Sets) -> Sets:
     return replace(sets, rows=rows)
 
 
-def _nothing(folders: Sequence[str], kind: Kind) -> InputError:
+def _nothing(folders: Sequence[str], kind: Kind, found: Sequence[Sets]) -> InputError:
+    if any(sets.left_out["reason"].str.contains("fit beside the prompt").any() for sets in found):
+        return InputError(f"{', '.join(folders)}: no answer fits beside its prompt",
+                          remedy="a larger max_length, or a model of a longer context")  # fmt: skip
     if kind == "ranked":
-        return InputError(f"{', '.join(folders)}: no prompt has two ranked answers that differ",
+        return InputError(f"{', '.join(folders)}: no prompt has two ranked answers",
                           remedy="build with a source of format `ranked` or `preference`, or with `rollouts` and a "
                           "reward")  # fmt: skip
     return InputError(f"{', '.join(folders)}: no answer has a similarity to its target",

@@ -157,7 +157,7 @@ def batch_of(
         for array, column in zip((ids, positions, segment, targets, block), columns, strict=True):
             array[k, :n] = column
         owner[k, :n] = np.repeat(np.arange(len(pieces)), sizes)
-        positions[k, n:] = positions[k, n - 1] + 1 + np.arange(t - n)
+        positions[k, n:] = positions[k, n - 1]  # not beyond: a model may have no such position
     arrays = {"input_ids": ids, "position_ids": positions, "segment": segment, "loss_mask": targets}
     found: dict[str, Tensor] = {name: torch.from_numpy(value) for name, value in arrays.items()}
     of, piece = torch.from_numpy(block), torch.from_numpy(owner)
@@ -185,11 +185,16 @@ def _piece(prompt: Tokens, answers: Sequence[tuple[int, Tokens]]) -> tuple[NDArr
 
 
 @torch.no_grad()
-def shares_prefixes(model: Any) -> bool:
+def shares_prefixes(model: Any, longest: int = 0) -> bool:
     """Whether this model, as it is configured, obeys a block mask: three tiny forward passes.
 
-    Recurrent models do not, nor does flash attention. Dropout must be off.
+    Recurrent models do not, nor does flash attention, nor those that see a window of fewer tokens than the `longest`
+    sequence has: transformers leaves a mask that is given as it is, without the window. Dropout must be off.
     """
+    text = model.config.get_text_config()
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if any(isinstance(window, int) and 0 < window < longest for window in windows):
+        return False
     prompt, some = np.array([1, 2, 3], np.int32), [np.array([4, 5], np.int32), np.array([6, 7, 5], np.int32)]
     shared, separate = (batch_of([prompt], [some], rows) for rows in ([[(0, [0, 1])]], [[(0, [0])], [(0, [1])]]))
     joined = {**shared, "attention_mask": torch.ones_like(shared["attention_mask"]).tril()}  # no block is kept apart

@@ -20,12 +20,12 @@ from curate.errors import InputError
 from curate.manifest import Manifest, Rule, read
 from curate.models import EmbedConfig, Sampling, open_embedder, open_reward
 from train.config import CppoConfig
-from train.data import Examples
+from train.data import Examples, check_fingerprints
 from train.logprobs import AdapterOff
 from train.methods.cppo import Cppo
 from train.models import check_vocabulary, open_model
 from train.phases import Phases
-from train.rollouts import Rollouts
+from train.rollouts import Rollouts, stored
 from train.sets import LISTED
 
 VALUE = "value.safetensors"  # the head's weights, beside the final model
@@ -59,19 +59,26 @@ def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | N
     long = every.first_target + config.rollouts.max_new_tokens > (room or np.iinfo(np.int64).max)
     asked = {row["uid"] for row in manifest.samples.select("uid", "prompt").iter_rows(named=True) if row["prompt"]}
     silent = np.array([uid not in asked for uid in every.uid], bool)
-    if long.any() and config.too_long == "error":
+    if long.any() and config.too_long == "error" and not config.rollouts.offline:
         first = int(np.flatnonzero(long)[0])
         raise InputError(
             f"{config.data[0]}: {int(long.sum())} prompts leave no room for {config.rollouts.max_new_tokens} tokens in "
             f"{room}, the first is uid {every.uid[first]}",
             remedy="set too_long=drop, or a smaller rollouts.max_new_tokens",
         )
-    kept = np.flatnonzero(~(long | silent))
+    few = np.zeros(len(every), bool)
+    if config.rollouts.offline:
+        check_fingerprints(manifest, tokenizer)
+        have = stored(manifest)
+        few = np.array([len(have.get(uid, ())) < config.rollouts.k for uid in every.uid], bool)
+        long &= False  # nothing is drawn
+    kept = np.flatnonzero(~(long | silent | few))
     if not len(kept):
-        raise InputError(f"{config.data[0]}: no sample with a prompt to answer")
+        what = f"with a prompt and {config.rollouts.k} rollouts of known reward" if few.any() else "with a prompt"
+        raise InputError(f"{config.data[0]}: no sample {what}")
     why = [{"uid": every.uid[i], "task": every.task_names[every.task[i]],
-            "reason": "no prompt" if silent[i] else "no room for an answer"}
-           for i in np.flatnonzero(long | silent).tolist()]  # fmt: skip
+            "reason": "no prompt" if silent[i] else "too few rollouts" if few[i] else "no room for an answer"}
+           for i in np.flatnonzero(long | silent | few).tolist()]  # fmt: skip
     return Prompts(
         manifest, every.take(kept), pl.DataFrame(why, schema=dict.fromkeys(("uid", "task", "reason"), pl.String))
     )
@@ -99,7 +106,7 @@ def cppo_of(
         phases=phases, manifest=stage.manifest, examples=stage.rows, tokenizer=tokenizer,
         sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=reward,
         reward_id=reward.fingerprint, rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
-        out=Path(config.out), batch_size=of.batch_size, name="policy in training",
+        out=Path(config.out), batch_size=of.batch_size, name="policy in training", offline=of.offline,
     )  # fmt: skip
     return Cppo(
         rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,

@@ -23,7 +23,7 @@ from torch import Tensor
 from curate.errors import InputError
 from curate.manifest import Manifest, Rule, part, sequence_logp, write
 from curate.manifest.schema import TABLES, completion_uid
-from curate.models import LocalModel, Prompt, Sampling
+from curate.models import Completion, LocalModel, Prompt, Sampling
 from curate.models.local import tokenizer_fingerprint
 from train.folder import whole
 from train.logprobs import Reference, token_values
@@ -85,7 +85,8 @@ class Rollouts:
             drew the samples.
         out: the run's folder.
         batch_size: sequences of a forward pass.
-        name: of the run, in `policy`.
+        name: of the policy, in the manifests.
+        offline: nothing is drawn or judged: the manifest's own rollouts, with the log-probabilities that they have.
     """
 
     phases: Phases
@@ -101,9 +102,12 @@ class Rollouts:
     out: Path
     batch_size: int
     name: str
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    offline: bool = False
+    rows: dict[str, dict[str, Any]] = field(init=False)
+    stored: dict[str, list[dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.stored = stored(self.manifest) if self.offline else {}
         self.rows = {row["uid"]: row for row in self.manifest.samples.iter_rows(named=True)}
 
     def phase(self, number: int, model: Any, head: Any, critic: Any) -> Samples:
@@ -121,8 +125,13 @@ class Rollouts:
         model.eval()
         try:
             uids = [self.examples.uid[int(row)] for row in rows]
-            drawn = self._draw(number, uids, model)
-            scores = self._judge(uids, [each.text for each in drawn])
+            if self.offline:
+                kept = [each for uid in uids[:: self.sampling.k] for each in self.stored[uid][: self.sampling.k]]
+                drawn: list[Any] = [Completion(*(each[name] for name in _READ)) for each in kept]
+                scores = [each["reward"] for each in kept]
+            else:
+                drawn = self._draw(number, uids, model)
+                scores = self._judge(uids, [each.text for each in drawn])
             found = self._measured(rows, drawn, scores, model, head, critic)
         finally:
             model.train(training)
@@ -176,6 +185,10 @@ class Rollouts:
         for i, answer in enumerate(answers):
             tokens[i, : len(answer)], mask[i, : len(answer)] = torch.from_numpy(answer.astype(np.int64)), True
         logps, values = self._of(prompts, answers, mask, model, None, head if critic is None else None)
+        if self.offline:  # of the policy that drew them
+            logps = logps.clone()
+            for i, each in enumerate(drawn):
+                logps[i, : len(answers[i])] = torch.tensor(each.token_logps)
         if critic is not None:
             values = self._of(prompts, answers, mask, critic, None, head)[1]
         same = self.reference is self.anchor
@@ -257,6 +270,21 @@ class Rollouts:
         held = load_file(folder / SAMPLES)
         bucket = [BUCKETS[i] for i in held.pop("bucket").tolist()]
         return Samples([self._prompt(row) for row in held["row"].tolist()], bucket=bucket, **held)
+
+
+_READ = ("text", "token_ids", "token_logps", "n_tokens", "finished")
+
+
+def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """The rollouts of each prompt that have tokens, log-probabilities and a reward, in the order of their uids."""
+    rows = manifest.completions.filter(
+        pl.col("reward").is_finite(), pl.col("token_logps").list.len() > 0, pl.col("token_ids").list.len() > 0,
+        pl.col("temperature") > 0, pl.col("top_p") == 1.0, origin="policy",
+    ).sort("prompt_uid", "uid")  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.select("prompt_uid", "reward", *_READ).iter_rows(named=True):
+        found.setdefault(row["prompt_uid"], []).append(row)
+    return found
 
 
 def rows_of(prompts: Sequence[Any], answers: Sequence[Any]) -> dict[str, Tensor]:

@@ -132,10 +132,12 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     if isinstance(config, AnswersConfig):
         assert isinstance(stage, Stage)
         model.to(arguments.device)
-        collate = collator(config, model, pad, gold=name == "pbl")
-        for sets in (stage.sets, *([evaluated.sets] if evaluated else [])):
-            fill(config, sets, model, collate, arguments.eval_batch_size, arguments.seed)
-        method = method_of(config, stage, model, reference, collate, arguments.eval_batch_size)
+        every = [stage.sets, *([evaluated.sets] if evaluated else [])]
+        collate = collator(config, model, pad, name == "pbl", every)
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):  # as it will be trained
+            for sets in every:
+                fill(config, sets, model, collate, arguments.eval_batch_size, arguments.seed)
+            method = method_of(config, stage, model, reference, collate, arguments.eval_batch_size)
     elif isinstance(config, CppoConfig):
         assert isinstance(stage, Prompts) and isinstance(items, Slots)
         model.to(arguments.device)
@@ -164,6 +166,11 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
             lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
                           arguments.world_size)  # fmt: skip
     screen.tell(_start(name, stage, items, arguments, last))
+    for what, of in (("", stage), ("of eval_data ", evaluated)):
+        left = getattr(getattr(of, "sets", of), "left_out", None)
+        if left is not None and left.height:
+            listed = "listed in left_out.parquet" if of is stage else f"the first: {left['reason'][0]}"
+            screen.tell(f"{left.height:,} answers or prompts {what}are not used: {listed}")
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)

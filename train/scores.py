@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from curate.errors import InputError
 from curate.manifest import Manifest
 from curate.models import LocalModel, Prompt, Sampling
+from curate.models.chat import answer_ids
 from curate.models.reward import OVERLAPS
 from train.sets import preferred
 
@@ -89,8 +90,9 @@ class Ranking:
 
     Attributes:
         reduction: log π(y|x) summed over the tokens of y, or their mean.
-        change: compare log π(y|x) − log π_0(y|x) instead, π_0 = the first model asked: DPO's implicit reward, which the
-            length of an answer has no part in. The first model itself scores ½ everywhere.
+        change: compare log π(y|x) − log π_0(y|x) instead, π_0 = the first model asked: DPO's implicit reward, without
+            what π_0 itself prefers, such as short answers. (A gain of each token still counts more in a long answer
+            where `reduction` is sum.) The first model itself scores ½ everywhere.
     """
 
     reduction: Literal["sum", "mean"] = "sum"
@@ -107,7 +109,18 @@ class Ranking:
                 "build the manifest from a source of format `ranked` or `preference`")  # fmt: skip
 
     def check(self, model: LocalModel, name: str, rows: pl.DataFrame) -> None:
-        """Nothing: only measuring tells whether an answer fits."""
+        """Every answer fits behind its prompt."""
+        prompts, texts = _prompts(rows), rows["answers"].to_list()
+        for prompt, room, some in zip(prompts, model.room(prompts), texts, strict=True):
+            longest = max(
+                len(answer_ids(model.tokenizer, prompt, [{"role": "assistant", "content": t}], ())) for t in some
+            )
+            if room is not None and longest > room:
+                raise InputError(
+                    f"{name!r}: an answer of {longest} tokens to uid {prompt.uid}, {max(0, room)} fit behind its "
+                    "prompt",
+                    remedy="leave such rows out of the manifest, or use a model of a longer context",
+                )
 
     def of(self, model: LocalModel, rows: pl.DataFrame) -> Scored:
         """(the answers that are likeliest, the scores)."""

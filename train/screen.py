@@ -65,11 +65,16 @@ class Progress(TrainerCallback):
             file.write(json.dumps({k: _number(v) for k, v in line.items()}, sort_keys=True, allow_nan=False) + "\n")
         if "eval_loss" in logs:
             self.tell(
-                f"step {state.global_step:,} · evaluation: loss {logs['eval_loss']:.4f}" + _parts(logs, "eval_loss_")
+                f"step {state.global_step:,} · evaluation: loss {logs['eval_loss']:.4f}"
+                + _parts(logs, "eval_loss_")
+                + _others({k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")})
             )
         if "loss" not in logs:
             return
-        words = [f"loss {logs['loss']:.4f}{_parts(logs, 'loss_')}", f"{logs.get('tokens_per_second', 0):,.0f} tokens/s"]
+        words = [
+            f"loss {logs['loss']:.4f}{_parts(logs, 'loss_')}{_others(logs)}",
+            f"{logs.get('tokens_per_second', 0):,.0f} tokens/s",
+        ]
         words += [f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []
         if self.bar is not None:
             self.bar.update(self.line, description=" · ".join(words))
@@ -103,6 +108,20 @@ def _parts(logs: dict[str, Any], start: str) -> str:
     """The loss of each origin, where there are several."""
     origins = {k.removeprefix(f"{start}origin/"): v for k, v in logs.items() if k.startswith(f"{start}origin/")}
     return f" ({', '.join(f'{k} {v:.4f}' for k, v in origins.items())})" if len(origins) > 1 else ""
+
+
+SHOWN = {"fit": "fit", "bias": "bias", "nll": "NLL", "kl": "KL", "reward": "reward", "accuracy": "in order",
+         "accuracy_of_change": "gained in order", "rho_align": "ρ agree", "rho_conflict": "ρ conflict",
+         "clip_fraction": "clipped", "explained_variance": "V explains"}  # fmt: skip
+
+
+def _others(logs: dict[str, Any]) -> str:
+    """What a method's own values say, by short names; a constraint and its λ for each older task."""
+    found = [f"{word} {logs[name]:.3f}" for name, word in SHOWN.items() if name in logs]
+    tasks = [name.removeprefix("lambda/") for name in logs if name.startswith("lambda/")]
+    found += [f"{task}: J {logs[f'constraint/{task}']:+.3f}, λ {logs[f'lambda/{task}']:.3f}" for task in tasks
+              if f"constraint/{task}" in logs]  # fmt: skip
+    return "".join(f" · {each}" for each in found)
 
 
 def _number(value: Any) -> Any:

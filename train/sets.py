@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curate.errors import InputError
 from curate.manifest import Manifest
 from curate.models.base import Prompt
 from curate.models.chat import answer_ids
@@ -46,6 +47,7 @@ class Sets:
         similarity: [a] float64, cosine to the gold answer; NaN = not compared.
         logps: [a] float64, Σ log π over its tokens as the manifest has it, nats; NaN = not there.
         target: [a] float64, COPR's log P*; NaN = not computed.
+        start: [n] float64, COPR's fit of a prompt under the model before training, where it is a buffer's; else 0.
         uid: [a] uids of the completions.
         left_out: completions and prompts that are not used, with the reason.
     """
@@ -58,6 +60,7 @@ class Sets:
     similarity: NDArray[np.float64]
     logps: NDArray[np.float64]
     target: NDArray[np.float64]
+    start: NDArray[np.float64]
     uid: pl.Series
     left_out: pl.DataFrame
 
@@ -79,7 +82,8 @@ class Sets:
             manifest: its samples are the prompts.
             tokenizer: of the model that is trained; stored tokens must be its.
             kind: ranked: the answers with a rank, of people where a prompt has such, else of annotators, else of the
-                policy; a prompt needs two that differ. compared: the answers with a similarity; a prompt may have none.
+                policy; a prompt needs two that differ. compared: the answers with a similarity; a prompt may have none,
+                but its gold answer, which is trained on, must fit.
             ends: tokens that end an answer.
             policy: weight hash that stored log-probabilities must be of; None: any.
             max_length: most tokens of a prompt with one of its answers; longer answers are left out, and listed.
@@ -91,6 +95,9 @@ class Sets:
         check_fingerprints(manifest, tokenizer, policy)
         every = Examples.of(manifest, tokenizer, ends=ends)
         wanted = np.array([name in origins for name in every.origin_names], bool)[every.origin]
+        skipped = [{"uid": None, "prompt_uid": every.uid[row], "task": every.task_names[every.task[row]],
+                    "reason": f"origin {every.origin_names[every.origin[row]]}: not for this method"}
+                   for row in np.flatnonzero(~wanted).tolist()]  # fmt: skip
         mine, prompts = _answers(manifest, kind), _prompts(manifest)
         taken, kept, bounds, why = list[int](), list[dict[str, Any]](), [0], list[dict[str, Any]]()
         for row in np.flatnonzero(wanted).tolist():
@@ -98,11 +105,20 @@ class Sets:
             room = None if max_length is None else max_length - int(every.first_target[row])
             good, bad = _usable(mine.get(uid, []), prompts[uid], tokenizer, ends, room)
             if kind == "ranked" and len(good) < 2:
-                if mine.get(uid):
-                    bad.append({"uid": None, "reason": f"{len(good)} usable answers: nothing to compare"})
+                bad.append({"uid": None, "reason": f"{len(good)} usable answers: nothing to compare"})
                 good = []
+            if wrong := next((a for a in good if kind == "ranked" and a["rank"] < 1), None):
+                raise InputError(f"{manifest.folder}: completions.parquet, column 'rank' of uid {wrong['uid']}: "
+                                 f"{wrong['rank']}, 1 is the best", remedy="build the manifest again")  # fmt: skip
+            gold = int(every.lengths[row] - every.first_target[row])
+            lost = kind == "compared" and room is not None and gold > room
+            if lost:
+                bad, good = (
+                    [{"uid": None, "reason": f"a target of {gold} tokens, {max(0, room or 0)} fit beside the prompt"}],
+                    [],
+                )
             why += [{**b, "prompt_uid": uid, "task": every.task_names[every.task[row]]} for b in bad]
-            if good or kind == "compared":
+            if good or (kind == "compared" and not lost):
                 taken.append(row)
                 kept += good
                 bounds.append(len(kept))
@@ -112,7 +128,9 @@ class Sets:
             tokens=[np.array(k["ids"], np.int32) for k in kept],
             rank=np.array([k["rank"] or 0 for k in kept], np.int32), similarity=np.array(similarity, np.float64),
             logps=np.array([k["logp"] for k in kept], np.float64), target=np.full(len(kept), np.nan),
-            uid=pl.Series("uid", [k["uid"] for k in kept], dtype=pl.String), left_out=pl.DataFrame(why, schema=_WHY),
+            start=np.zeros(len(taken)),
+            uid=pl.Series("uid", [k["uid"] for k in kept], dtype=pl.String),
+            left_out=pl.DataFrame(why + skipped, schema=_WHY),
         )  # fmt: skip
 
     @classmethod
@@ -125,8 +143,8 @@ class Sets:
             bounds=np.concatenate([[0], *(p.bounds[1:] + s for p, s in zip(parts, shifts[:-1], strict=True))]),
             tokens=[t for p in parts for t in p.tokens], rank=np.concatenate([p.rank for p in parts]),
             similarity=np.concatenate([p.similarity for p in parts]), logps=np.concatenate([p.logps for p in parts]),
-            target=np.concatenate([p.target for p in parts]), uid=pl.concat([p.uid for p in parts]),
-            left_out=pl.concat([p.left_out for p in parts]),
+            target=np.concatenate([p.target for p in parts]), start=np.concatenate([p.start for p in parts]),
+            uid=pl.concat([p.uid for p in parts]), left_out=pl.concat([p.left_out for p in parts]),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -135,6 +153,12 @@ class Sets:
     def answers(self, row: int) -> range:
         """Numbers of a prompt's answers."""
         return range(int(self.bounds[row]), int(self.bounds[row + 1]))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with an answer, or with its gold answer."""
+        each = np.repeat(self.rows.first_target, np.diff(self.bounds)) + np.array([len(t) for t in self.tokens], int)
+        return int(max(self.rows.lengths.max(initial=0), each.max(initial=0)))
 
     def write_left_out(self, folder: Path) -> Path | None:
         """List in the run folder what is not used, so that nothing disappears silently; None: nothing."""
@@ -167,9 +191,9 @@ class SetCollator:
     """Prompts to a batch: `prefix.batch_of`, and what is known of the answers.
 
     Beside the tensors of `batch_of`: prompt [a] int64, which of the batch's prompts an answer is of; rank [a] int64,
-    similarity, ref_logps and target [a] float64; gold [a] bool, True where it is the prompt's gold answer (it has no
-    rank); answer [a] int64, its number in the sets, -1 = gold; weight [n] float32, row and source [n] int64 of the
-    prompts.
+    similarity, ref_logps and target [a] float64; best [a] float32, 1 shared by the best answers of a prompt that are
+    there, else 0; gold [a] bool, True where it is the prompt's gold answer (it has no rank); answer [a] int64, its
+    number in the sets, -1 = gold; weight [n] float32, start [n] float64, row and source [n] int64 of the prompts.
 
     Attributes:
         gold: whether each prompt brings its gold answer too.
@@ -207,13 +231,24 @@ class SetCollator:
         batch["gold"] = torch.from_numpy(gold)
         batch["answer"] = torch.from_numpy(number)
         batch["rank"] = torch.from_numpy(np.where(gold, 0, sets.rank[number]).astype(np.int64))
+        batch["best"] = torch.cat([_best(sets.rank[n[n >= 0]], n) for n in map(np.array, numbers)])
         batch["similarity"] = torch.from_numpy(np.where(gold, np.nan, sets.similarity[number]))
         batch["ref_logps"] = torch.from_numpy(np.where(gold, np.nan, sets.logps[number]))
         batch["target"] = torch.from_numpy(np.where(gold, np.nan, sets.target[number]))
         batch["weight"] = torch.from_numpy(sets.rows.weights[list(rows)])
+        batch["start"] = torch.from_numpy(sets.start[list(rows)])
         batch["row"] = torch.tensor(list(rows))
         batch["source"] = torch.from_numpy(sets.source[list(rows)].astype(np.int64))
         return batch
+
+
+def _best(ranks: NDArray[np.int32], numbers: NDArray[np.int64]) -> Tensor:
+    """The share of each answer in being the best; a gold answer (-1) has none."""
+    found = np.zeros(len(numbers), np.float32)
+    if len(ranks):
+        first = ranks == ranks.min()
+        found[numbers >= 0] = first / first.sum()
+    return torch.from_numpy(found)
 
 
 def _prompts(manifest: Manifest) -> dict[str, Prompt]:
@@ -255,7 +290,7 @@ def _usable(
         if not ids:
             bad.append({"uid": answer["uid"], "reason": "an answer of 0 tokens"})
         elif room is not None and len(ids) > room:
-            bad.append({"uid": answer["uid"], "reason": f"{len(ids)} tokens, {room} fit beside the prompt"})
+            bad.append({"uid": answer["uid"], "reason": f"{len(ids)} tokens, {max(0, room)} fit beside the prompt"})
         elif key in good:
             first = good[key]
             worse, better = sorted((answer, first), key=lambda a: a["rank"] or 0, reverse=True)
@@ -263,11 +298,13 @@ def _usable(
             good[key] = better if "ids" in better else {**better, "ids": ids, "logp": _logp(better)}
         else:
             good[key] = {**answer, "ids": ids, "logp": _logp(answer)}
-    return list(good.values()), bad
+    return sorted(good.values(), key=lambda answer: answer["uid"]), bad
 
 
 def _logp(answer: dict[str, Any]) -> float:
-    """Σ log π as stored; NaN where there is none, or where it is of a distribution that sampling has bent."""
+    """Σ log π as stored; NaN where there is none, where it is none, or of a distribution that sampling has bent."""
     logps = answer["token_logps"]
     bent = answer["temperature"] not in (None, 0.0, 1.0) or answer["top_p"] not in (None, 1.0)
-    return float("nan") if logps is None or bent else float(np.sum(np.array(logps, np.float64)))
+    if logps is None or bent or len(logps) != len(answer["token_ids"] or ()) or max(logps, default=0.0) > 1e-4:
+        return float("nan")
+    return float(np.sum(np.array(logps, np.float64)))

@@ -456,7 +456,9 @@ def test_ratios_that_cannot_be_met(real, shipped, tokenizer):
     no_replay = Examples.of(replace(shipped, samples=shipped.samples.filter(origin="current")), tokenizer)
     with pytest.raises(InputError, match=r"no replay rows in .*asks for 15% of them"):
         Mixture(no_replay, {"current": 0.85, "replay": 0.15})
-    with pytest.raises(InputError, match=r"no task 'sums' rows in (.|\n)*there are classification, code, mathematics"):
+    with pytest.raises(
+        InputError, match=r"no task 'sums' rows in (.|\n)*there are 'classification', 'code', 'mathematics'"
+    ):
         Mixture(real, {"mathematics": 0.5, "sums": 0.5})
     with pytest.raises(InputError, match=r"rows of replay, which the mixture does not name"):
         Mixture(real, {"current": 1})

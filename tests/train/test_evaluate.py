@@ -184,7 +184,7 @@ def test_ranked_answers_that_do_not_fit_are_told(ranked, tmp_path):
     )
     task = {"name": "long", "path": str(tmp_path / "rows.jsonl"), "format": "preference"}
     build({"tasks": [task], "replay": {"selector": "none"}, "out": str(tmp_path / "data")})
-    with pytest.raises(InputError, match=r"1 answers do not fit .* of uid [0-9a-f]{32}"):
+    with pytest.raises(InputError, match=r"an answer of .* tokens to uid [0-9a-f]{32}, .* fit behind its prompt"):
         evaluate(EvalConfig.model_validate(
             {"models": STARTER, "data": str(tmp_path / "data"), "out": str(tmp_path / "out"),
              "metric": "ranking"}))  # fmt: skip

@@ -13,7 +13,8 @@ from test_run import ROOT, same, weights
 
 from curate.build import build
 from curate.errors import InputError
-from curate.manifest import read
+from curate.manifest import TABLES, read, write
+from curate.manifest.io import sha256_file
 from train.buffers import chosen, read_buffer
 from train.config import CoprConfig, DpoConfig, PblConfig, load
 from train.folder import checkpoints
@@ -21,7 +22,7 @@ from train.losses.copr import advantages, draw_scale
 from train.methods.answers import Grid, ordered
 from train.methods.copr import Copr
 from train.models import end_tokens, open_model, open_tokenizer
-from train.preferences import collator, fill, fits, measure, read_sets, read_stage
+from train.preferences import collator, fill, measure, method_of, read_sets, read_stage
 from train.run import run
 
 STARTER = ROOT / "examples/starter"
@@ -83,7 +84,7 @@ def test_the_model_measures_what_the_manifest_has(ranked, layout):
     # curate scored the answers one a row; here they share their prompt's row
     config, sets = sets_of("copr", ranked, f"layout={layout}")
     model = open_model(config)
-    found = measure(model, sets, collator(config, model, 0, gold=False), batch_size=3)
+    found = measure(model, sets, collator(config, model, 0, False, [sets]), batch_size=3)
     np.testing.assert_allclose(found, sets.logps, rtol=1e-4)
 
 
@@ -94,7 +95,7 @@ def test_log_probabilities_of_another_policy_are_refused_or_measured(ranked, tmp
         sets_of("copr", ranked, f"model={tmp_path / 'other'}")
     config, sets = sets_of("copr", ranked, f"model={tmp_path / 'other'}", "reference=measure")
     model, stored = open_model(config), sets.logps.copy()
-    fill(config, sets, model, collator(config, model, 0, gold=False), 4, seed=0)
+    fill(config, sets, model, collator(config, model, 0, False, [sets]), 4, seed=0)
     np.testing.assert_allclose(sets.logps, stored, rtol=1e-4)
     config, sets = sets_of("copr", ranked)
     sets.logps[5] = -math.inf
@@ -140,11 +141,10 @@ def test_a_grid_by_hand():
 
 
 def test_ordered_pairs_by_hand():
-    # ranks 1, 2, 2: two pairs of unlike rank; the best is likelier than one of the two
-    right, all_ = ordered(
-        torch.tensor([[-2.0, -1.0, -3.0]]), torch.tensor([[1, 2, 2]]), torch.ones(1, 3, dtype=torch.bool)
-    )
-    assert (right.tolist(), all_.tolist()) == ([1], [2])
+    # ranks 1, 2, 2, 3: five pairs of unlike rank; the first is less likely than the second, and as likely as the last
+    right, all_ = ordered(torch.tensor([[-2.0, -1.0, -3.0, -2.0]]), torch.tensor([[1, 2, 2, 3]]),
+                          torch.ones(1, 4, dtype=torch.bool))  # fmt: skip
+    assert (right.tolist(), all_.tolist()) == ([0 + 1 + 0.5 + 1 + 0], [5])
 
 
 # --- methods ---
@@ -241,9 +241,20 @@ def second(ranked, out, first_stage, *words):
 def test_a_constraint_begins_satisfied_and_moves_its_lambda(ranked, first_stage, tmp_path):
     lines = [
         e
-        for e in second(ranked, tmp_path / "out", first_stage, "rate=1", "per_device_train_batch_size=8")
+        for e in second(ranked, tmp_path / "out", first_stage, "rate=1", "per_device_train_batch_size=4")
         if "loss" in e
     ]
+    assert lines[0]["lambda/qa"] == 1.0
+    # two of the buffer's six prompts, whose fits are unlike: less their own d_x they are 0 before the first update
+    assert abs(lines[0]["constraint/qa"]) < 1e-3 < abs(lines[1]["constraint/qa"])
+    sigma = 0.0
+    for k, line in enumerate(lines, 1):  # ln λ ← ln λ + lr · λ · J^C
+        sigma = min(5.0, max(-5.0, sigma + 1.0 * math.exp(sigma) * line["constraint/qa"]))
+        state = load_file(tmp_path / f"out/checkpoint-{k}/method.safetensors")
+        assert state["log_lambda"].item() == pytest.approx(sigma, abs=1e-4)
+
+
+def test_d_is_the_fit_of_each_prompt_under_the_initial_parameters(ranked, first_stage, tmp_path):
     config, _ = load(CoprConfig, None, settings(
         ranked, "x", f"model={first_stage / 'model'}", "reference=measure", "beta=0.5",
         f"buffers=[{first_stage / 'buffer'}]"))  # fmt: skip
@@ -251,17 +262,44 @@ def test_a_constraint_begins_satisfied_and_moves_its_lambda(ranked, first_stage,
     stage = read_stage("copr", config, tokenizer, end_tokens(config, tokenizer), 1024)
     assert stage.tasks == ["qa"] and (stage.sets.source == 1).sum() == 6
     model = open_model(config)
-    logps = measure(model, stage.sets, collator(config, model, 0, gold=False), 4)
-    of_buffer = stage.sets.source == 1
-    d = fits(stage.sets, logps, np.where(np.isnan(stage.sets.target), 0, stage.sets.target), "mse")[of_buffer].mean()
-    state = load_file(tmp_path / "out/checkpoint-1/method.safetensors")
-    assert state["d"].item() == pytest.approx(d, rel=1e-3)
-    assert lines[0]["lambda/qa"] == 1.0
-    sigma = 0.0
-    for k, line in enumerate(lines, 1):  # ln λ ← ln λ + lr · λ · J^C
-        sigma = min(5.0, max(-5.0, sigma + 1.0 * math.exp(sigma) * line["constraint/qa"]))
-        state = load_file(tmp_path / f"out/checkpoint-{k}/method.safetensors")
-        assert state["log_lambda"].item() == pytest.approx(sigma, abs=1e-4)
+    collate = collator(config, model, 0, False, [stage.sets])
+    fill(config, stage.sets, model, collate, 4, seed=42)
+    method_of(config, stage, model, None, collate, 4)
+    for row in np.flatnonzero(stage.sets.source == 1):
+        at = slice(int(stage.sets.bounds[row]), int(stage.sets.bounds[row + 1]))
+        now = torch.from_numpy(stage.sets.logps[at]).log_softmax(0).numpy()  # measured under the same model
+        assert stage.sets.start[row] == pytest.approx(((now - stage.sets.target[at]) ** 2).mean(), rel=1e-3)
+    assert not stage.sets.start[stage.sets.source == 0].any()
+
+
+def test_lambda_stays_while_the_policy_does(ranked, first_stage, tmp_path):
+    """Steps that hold other rows of the buffer, of other fits and weights, do not move it: the learning rate is 0."""
+    buffer = tmp_path / "buffer"
+    shutil.copytree(first_stage / "buffer", buffer)
+    manifest = read(buffer)
+    weight = pl.Series("weight", [9.0, 1.0, 9.0, 1.0, 9.0, 1.0], dtype=manifest.samples["weight"].dtype)
+    frames = {name: getattr(manifest, name) for name in TABLES}
+    kept = {k: v for k, v in manifest.provenance.items() if k not in ("schema_version", "rows", "outputs")}
+    write(buffer, frames | {"samples": manifest.samples.with_columns(weight)}, kept, "weights")
+    facts = json.loads((buffer / "buffer.json").read_text())
+    facts["manifest"] = sha256_file(buffer / "provenance.json")
+    (buffer / "buffer.json").write_text(json.dumps(facts))
+    lines = second(ranked, tmp_path / "out", first_stage, f"buffers={buffer}", "rate=1", "learning_rate=0",
+                   "max_steps=6", "per_device_train_batch_size=2")  # fmt: skip
+    found = [line["lambda/qa"] for line in lines if "lambda/qa" in line]
+    # of fits of tens of nats², less d in place of each d_x, one step would make e^20 of it
+    assert found == pytest.approx([1.0] * 6, abs=0.02)
+
+
+def test_the_best_answer_is_the_best_of_those_that_are_there(ranked):
+    config, sets = sets_of("copr", ranked)
+    sets.rank[:] = np.where(sets.rank == 1, 7, sets.rank)
+    model = open_model(config)
+    batch = collator(config, model, 0, False, [sets]).batch(sets, [0, 1])
+    for prompt in (0, 1):
+        mine = batch["prompt"] == prompt
+        ranks, best = batch["rank"][mine], batch["best"][mine]
+        assert best.sum() == 1 and ((best > 0) == (ranks == ranks.min())).all()
 
 
 def test_the_dual_resumes_bit_for_bit(ranked, first_stage, tmp_path):
@@ -300,7 +338,7 @@ def test_what_buffers_are_for(ranked, first_stage, tmp_path):
 
 def test_violated_grows_satisfied_shrinks_and_steps_without_rows_leave_lambda_alone():
     def stepped(met, seen):
-        method = Copr(tasks=["a"], d=torch.zeros(1), log_lambda=torch.zeros(1), rate=0.5)
+        method = Copr(tasks=["a"], log_lambda=torch.zeros(1), rate=0.5)
         method._met, method._seen = torch.tensor([met]), torch.tensor([seen])
         method.after_step(lambda value: 2 * value)  # two processes that met the same
         return method.log_lambda.item()
@@ -323,7 +361,10 @@ def test_the_buffer_is_drawn_by_seed_and_uid_alone():
 @pytest.mark.parametrize(("name", "words", "match"), [
     ("copr", ["packing=true"], "`layout` decides"), ("dpo", ["too_long=truncate"], "too_long"),
     ("dpo", ["max_length=60", "too_long=error"], "do not fit into 60 tokens beside their prompt"),
-    ("copr", ["buffers=[nowhere]"], "not a buffer"),
+    ("copr", ["buffers=[nowhere]"], "not a buffer"), ("copr", ["clamp=[5,-5]"], "must be an interval"),
+    ("copr", ["initial=1000"], "must be an interval"), ("copr", ["buffers=[a,a]"], "one is named twice"),
+    ("pbl", ["max_length=60", "too_long=error"], "a target of .* tokens|do not fit into 60 tokens"),
+    ("dpo", ["attention=flex_attention"], "flex_attention has no backward pass without a GPU"),
 ])  # fmt: skip
 def test_bad_settings(ranked, tmp_path, name, words, match):
     with pytest.raises(ValueError, match=match):

@@ -125,6 +125,38 @@ def test_shared_and_split_rows_say_what_separate_rows_say(model, shapes, limit, 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_has_no_position_that_a_model_lacks():
+    """GPT-2 with as many positions as the longest sequence needs: 39 + 13 = 52."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=52)).eval()
+    rng = np.random.default_rng(0)
+    lengths = [39, 35, 28, 29], [[2, 2], [11, 9], [8, 9, 13, 10], [8, 8, 13]]
+    prompts = [rng.integers(1, 50, p).astype(np.int32) for p in lengths[0]]
+    answers = [[rng.integers(1, 50, n).astype(np.int32) for n in some] for some in lengths[1]]
+    found = [logps_and_gradient(model, prompts, answers, plan(*lengths, layout, Cost()))
+             for layout in ("separate", "shared", "auto")]  # fmt: skip
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_that_the_mask_would_lose_is_found(model):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    small = {name: getattr(model.config, name) for name in names} | {"num_key_value_heads": 1}
+    windowed = MistralForCausalLM(MistralConfig(**small, sliding_window=8)).eval()
+    assert shares_prefixes(windowed, longest=8) and not shares_prefixes(windowed, longest=9)
+    # and within the window it is right
+    prompts, answers = [ids(1, 2, 3)], [[ids(7, 8), ids(9, 4, 5)]]
+    one, other = (logps_and_gradient(windowed, prompts, answers, plan([3], [[2, 3]], layout, Cost()))
+                  for layout in ("shared", "separate"))  # fmt: skip
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-4)
+
+
 def test_an_empty_prompt_predicts_from_the_first_token_of_the_answer():
     batch = batch_of([ids()], [[ids(7, 8), ids(9, 5)]], [[(0, [0, 1])]])
     assert batch["input_ids"].tolist() == [[7, 8, 9, 5]]

@@ -3,6 +3,7 @@
 Departures from the paper:
 - The term of conflicting answers is bounded by default. The paper's falls for ever, as a log-probability has no floor,
   and π_ref has no effect on its gradient: nothing ever stops it. `literal` is the paper's.
+- Equal answers to one prompt count once, however often they were drawn (`train/sets.py`).
 - The NLL of the gold answer, without which an empty align side teaches nothing, is `train.losses.cft.weighted_nll`.
 """
 

@@ -73,7 +73,10 @@ def by_answer(batch: Batch, values: Tensor) -> Tensor:
 
 
 def ordered(logps: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
-    """[2, b]: a prompt's pairs of unlike rank whose better answer is the likelier one, and all such.   thrice [b, j]"""
+    """[2, b]: a prompt's pairs of unlike rank whose better answer is the likelier one (equal: ½), and all such.
+
+    Arguments [b, j] each.
+    """
     pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    right = pairs & (logps[:, :, None] > logps[:, None, :])
-    return torch.stack([right.sum(dim=(1, 2)), pairs.sum(dim=(1, 2))]).float()
+    right = (logps[:, :, None] > logps[:, None, :]) + 0.5 * (logps[:, :, None] == logps[:, None, :])
+    return torch.stack([(right * pairs).sum(dim=(1, 2)), pairs.sum(dim=(1, 2)).float()])

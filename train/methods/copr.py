@@ -8,8 +8,12 @@ is computed from stored log π_{t−1} before training, that of older tasks is r
 of R_i under the stage's initial parameters. ln λ_i ← ln λ_i + lr · λ_i · J_i^C after each step that saw rows of R_i.
 
 Departures from the paper:
-- J_i^C is estimated on the rows of R_i in a step; a step without such rows leaves λ_i as it is.
-- The NLL of the best answer is a mean over tokens, as in `train cft`; tied best answers share it.
+- J_i^C is estimated on the rows of R_i in a step, each less its own fit under the initial parameters: over all of R_i
+  that is fit − d_i, but at θ₀ it is 0 for any rows. (Less d_i, the spread of the fits would drive λ before anything
+  moves.)
+- A step without rows of R_i leaves λ_i as it is, and λ_i out of Λ.
+- The NLL of the best answer is a mean over tokens, as in `train cft`; tied best answers share it, and where the best
+  one does not fit the context it is the best of the others.
 - `constraint`: none, replay (buffers are fitted as the current task is), fixed (λ stays) are ablations.
 """
 
@@ -35,12 +39,10 @@ class Copr(Memoryless):
     """Attributes: as in `train.config.CoprConfig`, and
 
     tasks: names of the old tasks, whose buffers have the sources 1, 2, …; 0 is the current task.
-    d: [n] fit of each buffer under the initial parameters.
     log_lambda: [n] ln λ, the state.
     """
 
     tasks: list[str] = field(default_factory=list)
-    d: Tensor = field(default_factory=lambda: torch.zeros(0))
     log_lambda: Tensor = field(default_factory=lambda: torch.zeros(0))
     distance: Literal["mse", "kl"] = "mse"
     gamma: float = 1.0
@@ -58,7 +60,7 @@ class Copr(Memoryless):
     def size(self, batch: Batch) -> Tensor:
         """[Σ w of the current prompts, Σ w over tokens of their best answers, Σ w of the prompts of each R_i]."""
         weight, source = batch["weight"], self._source(batch)
-        best = by_answer(batch, (weight * (source == 0))[batch["prompt"]] * (batch["rank"] == 1)).sum()
+        best = by_answer(batch, (weight * (source == 0))[batch["prompt"]] * batch["best"]).sum()
         of = [(weight * (source == i)).sum() for i in range(len(self.tasks) + 1)]
         return torch.stack([of[0], best, *of[1:]])
 
@@ -71,19 +73,19 @@ class Copr(Memoryless):
         target = batch["target"].to(logps.dtype)
         each = fit_loss(grid(logps), grid(target), grid.mask, self.distance)  # [n]
         weight, source = batch["weight"], self._source(batch)
-        parts = torch.stack([(weight * each * (source == i)).sum() for i in range(len(self.tasks) + 1)])
+        moved = each - batch["start"].to(each)  # 0 at the initial parameters; of the current task: the fit
+        parts = torch.stack([(weight * moved * (source == i)).sum() for i in range(len(self.tasks) + 1)])
         counts = torch.cat([normaliser[:1], normaliser[2:]])
         means = parts / counts.clamp_min(1e-12)
         nll = weighted_nll(
-            found["logps"], of_answers(batch, (batch["rank"] == 1) & (source == 0)[batch["prompt"]]),
-            by_answer(batch, weight[batch["prompt"]]), normaliser[1],
+            found["logps"], of_answers(batch, (batch["best"] > 0) & (source == 0)[batch["prompt"]]),
+            by_answer(batch, weight[batch["prompt"]] * batch["best"]), normaliser[1],
         )  # fmt: skip
-        share = torch.cat([own[:1], own[2:]]) / counts.clamp_min(1e-12)  # of the step that this pass is
-        constraints = means[1:] - self.d.to(means) * share[1:]
+        constraints, seen = means[1:], normaliser[2:] > 0
         if model.training:
             self._met = self._met.to(means) + constraints.detach()
-            self._seen = self._seen.to(means.device) | (normaliser[2:] > 0)
-        loss = lagrangian(means[0] + self.gamma * nll, constraints, self.log_lambda.to(means))
+            self._seen = self._seen.to(means.device) | seen
+        loss = lagrangian(means[0] + self.gamma * nll, constraints[seen], self.log_lambda.to(means)[seen])
         ranks = grid(batch["rank"])
         logged = {
             "loss": torch.stack([each.detach(), torch.ones_like(each)]),
@@ -92,7 +94,7 @@ class Copr(Memoryless):
             "accuracy": ordered(grid(logps).detach(), ranks, grid.mask),
         }
         for i, task in enumerate(self.tasks):
-            logged[f"constraint/{task}"] = torch.stack([parts[i + 1].detach() - self.d[i] * own[i + 2], own[i + 2]])
+            logged[f"constraint/{task}"] = torch.stack([parts[i + 1].detach(), own[i + 2]])
             logged[f"lambda/{task}"] = self.log_lambda[i].exp()
         return loss, logged
 
@@ -105,12 +107,12 @@ class Copr(Memoryless):
         self._met, self._seen = torch.zeros_like(self._met), torch.zeros_like(self._seen)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of each old task ln λ, and d, which belongs to the stage's initial parameters."""
-        return {"log_lambda": self.log_lambda, "d": self.d}
+        """Of each old task ln λ."""
+        return {"log_lambda": self.log_lambda}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up a checkpoint's state."""
-        self.log_lambda, self.d = state["log_lambda"], state["d"]
+        self.log_lambda = state["log_lambda"]
 
     def _source(self, batch: Batch) -> Tensor:
         """[n] 0 = the current task, i = R_i; as replay, all are the current task."""

@@ -35,10 +35,11 @@ class Dpo(Memoryless):
     name: str = "dpo"
 
     def size(self, batch: Batch) -> Tensor:
-        """[Σ w of the prompts, Σ w over the tokens of their answers, Σ w over those of the best ones]."""
+        """[Σ w of the prompts with a pair, Σ w over the tokens of all answers, Σ w over those of the best ones]."""
         of_answer = batch["weight"][batch["prompt"]]
-        best = by_answer(batch, of_answer * (batch["rank"] == 1)).sum()
-        return torch.stack([batch["weight"].sum(), by_answer(batch, of_answer).sum(), best])
+        paired = batch["weight"] * self._paired(batch)
+        best = by_answer(batch, of_answer * batch["best"]).sum()
+        return torch.stack([paired.sum(), by_answer(batch, of_answer).sum(), best])
 
     def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
         """The pairs' loss, and the other terms where they are on."""
@@ -55,14 +56,15 @@ class Dpo(Memoryless):
             each = ipo_loss(now, before, ranks, self.beta, grid.mask)
         loss = (weight * each).sum() / normaliser[0].clamp_min(1e-12)
         logged = {
-            "loss": torch.stack([each.detach(), torch.ones_like(each)]),
+            "loss": torch.stack([each.detach(), self._paired(batch).to(each)]),
             "preference": torch.stack([loss.detach() * normaliser[0], own[0].to(loss.dtype)]),
             "accuracy": ordered(now.detach(), ranks, grid.mask),
             "accuracy_of_change": ordered((now - before).detach(), ranks, grid.mask),
         }
         of_token = by_answer(batch, weight[batch["prompt"]])
         if self.gamma:
-            best = weighted_nll(found["logps"], of_answers(batch, batch["rank"] == 1), of_token, normaliser[2])
+            of_best = by_answer(batch, weight[batch["prompt"]] * batch["best"])
+            best = weighted_nll(found["logps"], of_answers(batch, batch["best"] > 0), of_best, normaliser[2])
             loss = loss + self.gamma * best
             logged["nll"] = torch.stack([best.detach() * normaliser[2], own[2].to(best.dtype)])
         if self.kl:
@@ -70,3 +72,10 @@ class Dpo(Memoryless):
             loss = loss + self.kl * kl
             logged["kl"] = torch.stack([kl.detach() * normaliser[1], own[1].to(kl.dtype)])
         return loss, logged
+
+    def _paired(self, batch: Batch) -> Tensor:
+        """[n] 1 where a prompt has answers of unlike rank; others have no loss, and count nothing."""
+        grid = Grid.of(batch, ~batch["gold"])
+        ranks = grid(batch["rank"])
+        most, least = ranks.amax(dim=1), ranks.masked_fill(~grid.mask, 1 << 40).amin(dim=1)
+        return (most > least).float()
