@@ -174,8 +174,8 @@ def _grouped(examples: Examples, ratios: Mapping[str, float]) -> dict[str, Rows]
                 f"no {name if by_origin else f'task {name!r}'} rows in {where}, yet the mixture asks for "
                 f"{100 * ratios[name]:.6g}% of them{_lost(examples, name, by_origin)}",
                 remedy="give it the ratio 0, or build a manifest that has such rows; there are "
-                f"{', '.join(map(repr, groups))} (ratios are by origin, current, replay and augmented, or by task, never "
-                "both)",
+                f"{', '.join(map(repr, groups))} (ratios are by origin, current, replay and augmented, or by task, "
+                "never both)",
             )
     if unnamed := [name for name in groups if name not in ratios]:
         raise InputError(

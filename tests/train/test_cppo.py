@@ -48,6 +48,8 @@ def place(tmp_path_factory):
         "    if how == 'nan': found[3] = float('nan')\n"
         "    if how == 'none': found[3] = None\n"
         "    return found[:-1] if how == 'count' else found\n"
+        "def vowels(prompts, completions, references):\n"
+        "    return [sum(c in 'aeiou' for c in text) / max(1, len(text)) for text in completions]\n"
     )
     return folder
 
@@ -241,11 +243,12 @@ def test_group_advantages_and_their_closed_form(place, tmp_path):
 
 
 def test_training_raises_the_reward(place, tmp_path):
-    lines = trained(place, tmp_path / "out", "max_steps=60", "optim=adamw_torch", "learning_rate=0.01", "kl.coef=0",
-                    "rollouts={prompts: 16, k: 1, max_new_tokens: 6, passes: 2}", "per_device_train_batch_size=16",
-                    "save_strategy=no", "missing_end=0")  # fmt: skip
+    lines = trained(place, tmp_path / "out", "max_steps=40", "optim=adamw_torch", "learning_rate=0.02", "kl.coef=0",
+                    "rollouts={prompts: 16, k: 2, max_new_tokens: 6, passes: 1}", "per_device_train_batch_size=32",
+                    "save_strategy=no", "missing_end=0", "reward.function='length:vowels'", "kl.most=1e9",
+                    "value.clip=10")  # fmt: skip
     first, last = (np.mean([line["reward"] for line in part]) for part in (lines[:4], lines[-4:]))
-    assert last > first + 0.1
+    assert last > first + 0.2
 
 
 def test_an_adapter_is_its_own_anchor(place, tmp_path):
