@@ -13,10 +13,10 @@ from test_run import ROOT, same, weights
 
 from curate.build import build
 from curate.errors import InputError
-from curate.manifest import TABLES, read, write
+from curate.manifest import TABLES, check, read, write
 from curate.manifest.io import sha256_file
 from train.buffers import chosen, read_buffer
-from train.config import CoprConfig, DpoConfig, PblConfig, load
+from train.config import CoprConfig, DpoConfig, PblConfig, described, load
 from train.folder import checkpoints
 from train.losses.copr import advantages, draw_scale
 from train.methods.answers import Grid, ordered
@@ -369,6 +369,104 @@ def test_the_buffer_is_drawn_by_seed_and_uid_alone():
 def test_bad_settings(ranked, tmp_path, name, words, match):
     with pytest.raises(ValueError, match=match):
         trained(name, ranked, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    (lambda t: t.with_columns(log_target=pl.lit(float("nan"))), "no log-probability"),
+    (lambda t: t.with_columns(log_target=pl.lit(3.0)), "no log-probability"),
+    (lambda t: pl.concat([t, t.head(1)]), "not one log_target for each uid"),
+    (lambda t: t.with_columns(more=pl.lit(1)), "not one log_target for each uid"),
+    (lambda t: t.tail(-1), "has no row for completion"),
+])  # fmt: skip
+def test_a_buffer_is_read_strictly(ranked, first_stage, tmp_path, change, match):
+    buffer = tmp_path / "buffer"
+    shutil.copytree(first_stage / "buffer", buffer)
+    change(pl.read_parquet(buffer / "targets.parquet")).write_parquet(buffer / "targets.parquet")
+    with pytest.raises(InputError, match=r"targets.parquet"):  # edited
+        second(ranked, tmp_path / "out", first_stage, f"buffers={buffer}")
+    facts = json.loads((buffer / "buffer.json").read_text())
+    facts["targets"] = sha256_file(buffer / "targets.parquet")
+    (buffer / "buffer.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=match):  # and signed again
+        second(ranked, tmp_path / "out", first_stage, f"buffers={buffer}")
+
+
+def test_buffers_that_would_hold_nothing_are_refused(ranked, first_stage, tmp_path):
+    shutil.copytree(first_stage / "buffer", tmp_path / "copy")
+    for words, match in (
+        ([f"buffers=[{first_stage / 'buffer'},{tmp_path / 'copy'}]"], "are the same"),
+        ([f"buffers={first_stage}"], "did you mean .*buffer"),
+        (["mixture={current: 1, replay: 0}"], "nothing would hold the older tasks"),
+        (["constraint=none"], "COPR's replay are its `buffers`"),
+        (["max_length=40", "too_long=drop", f"data={ranked / 'data'}"], "fit|fits"),
+    ):
+        with pytest.raises(InputError, match=match):
+            second(ranked, tmp_path / "out", first_stage, *words)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("checkpoint-*"))
+    assert check(first_stage / "buffer") == []
+
+
+def test_what_stands_where_the_buffer_goes_is_refused(ranked, first_stage, tmp_path):
+    for name in ("file", "link"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file/buffer").write_text("mine")
+    (tmp_path / "link/buffer").symlink_to(first_stage)
+    for name in ("file", "link"):
+        with pytest.raises(InputError, match="buffer in it is no folder of a run"):
+            trained("copr", ranked, tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def mixed(ranked):
+    """A stream of the ranked questions and rows without ranked answers; and one of tied answers."""
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in ("yes", "no", "maybe")]
+    (ranked / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tied = [{"prompt": f"Say {w}.", "candidates": [{"text": w, "rank": 1}, {"text": w + w, "rank": 1}]} for w in "abc"]
+    (ranked / "tied.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tied))
+    qa = {"name": "qa", "path": str(ranked / "rows.jsonl"), "format": "ranked", "columns": {"prompt": "question"}}
+    plain = {"name": "plain", "path": str(ranked / "plain.jsonl"), "format": "alpaca"}
+    ties = {"name": "tied", "path": str(ranked / "tied.jsonl"), "format": "ranked"}
+    for name, tasks in (("last", [qa, plain]), ("first", [plain, qa]), ("tied", [ties]), ("some", [qa, ties])):
+        replay = {"selector": "random", "ratio": 100} if len(tasks) > 1 else {"selector": "none"}
+        build({"tasks": tasks, "replay": replay, "out": str(ranked / f"m-{name}")})
+    return ranked
+
+
+def test_prompts_without_ranked_answers_are_listed_or_the_run_refused(mixed, tmp_path):
+    with pytest.raises(InputError, match="no prompt of the current task has two ranked answers"):
+        trained("dpo", mixed, tmp_path / "last", f"data={mixed / 'm-last'}", "reference=measure")
+    trained("dpo", mixed, tmp_path / "first", f"data={mixed / 'm-first'}", "reference=measure", "max_steps=1")
+    listed = pl.read_parquet(tmp_path / "first/left_out.parquet")
+    assert listed.filter(task="plain").height == 3
+    assert listed["reason"].str.contains("0 usable answers").any()
+
+
+def test_tied_answers_make_no_pair_and_count_nothing(mixed, tmp_path):
+    with pytest.raises(InputError, match="the answers of every prompt are tied"):
+        trained("dpo", mixed, tmp_path / "tied", f"data={mixed / 'm-tied'}", "reference=measure")
+    first, *_ = trained("dpo", mixed, tmp_path / "some", f"data={mixed / 'm-some'}", "reference=measure", "max_steps=1",
+                        "per_device_train_batch_size=15")  # fmt: skip
+    assert first["preference"] == pytest.approx(math.log(2), abs=1e-4)  # not ln 2 · 12/15
+    lines = trained("copr", mixed, tmp_path / "copr", f"data={mixed / 'm-tied'}", "reference=measure", "max_steps=1")
+    assert lines[0]["fit"] == pytest.approx(0, abs=1e-6)  # P* is the normalised reference
+
+
+def test_copr_evaluates_old_tasks_too(mixed, ranked, tmp_path):
+    lines = trained("copr", ranked, tmp_path / "out", f"eval_data={mixed / 'm-some'}", "eval_strategy=steps",
+                    "eval_steps=1", "max_steps=1", "reference=measure")  # fmt: skip
+    assert {"eval_loss_task/qa", "eval_loss_task/tied", "eval_accuracy"} <= {k for line in lines for k in line}
+
+
+def test_settings_are_listed_with_what_they_mean():
+    rows = {name: (default, what) for name, default, what in described("copr")}
+    assert rows["beta"][0] == "0.1" and "P*" in rows["beta"][1] and rows["data"][0] == "…"
+    assert all(what for _, what in rows.values())
+    assert "kl.weight" in {name for name, *_ in described("dpo")} and "metric" in {n for n, *_ in described("eval")}
+    with pytest.raises(KeyError, match="copr"):
+        described("ppo")
+    for words, match in ((["lr=1"], "learning_rate"), (["keep=1"], "it belongs to train copr")):
+        with pytest.raises(InputError, match=match):
+            load(DpoConfig, None, ["model=a", "data=b", "out=c", *words])
 
 
 def test_a_manifest_without_sets_is_told(place, tmp_path):

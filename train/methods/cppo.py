@@ -211,10 +211,11 @@ class Cppo(Memoryless):
             "loss": torch.stack([gain.sum(dim=1), length]),
             "reward": torch.stack([batch["score"], one]), "length": torch.stack([length, one]),
             "kl_reference": summed(batch["old_logps"] - batch["reference"]),
-            "kl_anchor": summed(logps - batch["anchor"]),
             "entropy": torch.stack([entropy.masked_fill(~mask, 0).sum(), size]),
             **{name: torch.stack([value * size, size]) for name, value in moved.items()},
         }  # fmt: skip
+        if self.rollouts.anchor is not None:
+            logged["kl_previous"] = summed(logps - batch["anchor"])
         for number, name in enumerate(BUCKETS):
             inside = (batch["bucket"] == number).float()
             logged[f"bucket/{name}"] = torch.stack([inside.sum(), one.sum()])
@@ -243,7 +244,7 @@ class Cppo(Memoryless):
 
     def _modules_state(self) -> dict[str, Tensor]:
         named = {"head": self.head, "critic": self.critic}
-        return {f"{k}.{n}": v for k, m in named.items() if m is not None for n, v in m.state_dict().items()}
+        return {f"{k}.{n}": v.clone() for k, m in named.items() if m is not None for n, v in m.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up a checkpoint's state; the samples of its phase are read when they are needed."""
