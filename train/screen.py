@@ -80,7 +80,7 @@ class Progress(TrainerCallback):
             self.bar.update(self.line, description=" · ".join(words))
         else:
             self.console.print(f"step {state.global_step:,} of {state.max_steps:,} · " + " · ".join(words),
-                               highlight=False)  # fmt: skip
+                               highlight=False, soft_wrap=True)  # fmt: skip
 
     def _trim(self, step: int) -> None:
         file = self.out / LOG
