@@ -25,7 +25,8 @@ from train.logprobs import AdapterOff
 from train.methods.cppo import Cppo
 from train.models import check_vocabulary, open_model
 from train.phases import Phases
-from train.rollouts import Rollouts, stored
+from train.prefix import Cost, shares_prefixes
+from train.rollouts import Layout, Rollouts, stored
 from train.sets import LISTED
 
 VALUE = "value.safetensors"  # the head's weights, beside the final model
@@ -107,6 +108,7 @@ def cppo_of(
         sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=reward,
         reward_id=reward.fingerprint, rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
         out=Path(config.out), batch_size=of.batch_size, name="policy in training", offline=of.offline,
+        layout=_layout(stage, model, of.max_new_tokens),
     )  # fmt: skip
     return Cppo(
         rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,
@@ -144,6 +146,11 @@ def _value(config: CppoConfig, model: Any, device: Any) -> tuple[nn.Module, Any]
             raise InputError(f"value.head {path}: no value head of {width} numbers: {str(error)[:200]}",
                              remedy=f"name the {VALUE} that an older stage of this model left") from None  # fmt: skip
     return head, critic
+
+
+def _layout(stage: Prompts, model: Any, tokens: int) -> Layout:
+    longest = int(stage.rows.first_target.max()) + tokens
+    return Layout("auto", Cost.of(model)) if shares_prefixes(model.eval(), longest) else Layout()
 
 
 def _check_dropout(model: Any) -> None:

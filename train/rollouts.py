@@ -9,10 +9,10 @@ weights) is the method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,7 @@ from curate.models.local import tokenizer_fingerprint
 from train.folder import whole
 from train.logprobs import Reference, token_values
 from train.phases import Phases
-from train.prefix import batch_of
+from train.prefix import Cost, batch_of, plan
 
 FOLDER, SAMPLES = "rollouts", "samples.safetensors"
 BUCKETS = ("high_performance", "overfitting", "high_variance", "noisy", "normal")
@@ -103,6 +103,7 @@ class Rollouts:
     batch_size: int
     name: str
     offline: bool = False
+    layout: Layout = field(default_factory=lambda: Layout())
     rows: dict[str, dict[str, Any]] = field(init=False)
     stored: dict[str, list[dict[str, Any]]] = field(init=False)
 
@@ -184,17 +185,16 @@ class Rollouts:
         tokens, mask = torch.zeros(n, t, dtype=torch.long), torch.zeros(n, t, dtype=torch.bool)
         for i, answer in enumerate(answers):
             tokens[i, : len(answer)], mask[i, : len(answer)] = torch.from_numpy(answer.astype(np.int64)), True
-        logps, values = self._of(prompts, answers, mask, model, None, head if critic is None else None)
+        logps, values = self._of(rows, prompts, answers, mask, model, None, head if critic is None else None)
         if self.offline:  # of the policy that drew them
             logps = logps.clone()
             for i, each in enumerate(drawn):
                 logps[i, : len(answers[i])] = torch.tensor(each.token_logps)
         if critic is not None:
-            values = self._of(prompts, answers, mask, critic, None, head)[1]
+            values = self._of(rows, prompts, answers, mask, critic, None, head)[1]
         same = self.reference is self.anchor
-        reference = self._of(prompts, answers, mask, model, self.reference, None)[0]
-        anchor = logps if self.anchor is None else reference if same else self._of(
-            prompts, answers, mask, model, self.anchor, None)[0]  # fmt: skip
+        reference = self._of(rows, prompts, answers, mask, model, self.reference, None)[0]
+        anchor = logps if self.anchor is None else reference if same else self._of(rows, prompts, answers, mask, model, self.anchor, None)[0]  # fmt: skip
         listed = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
         frame = pl.DataFrame({"token_logps": listed, "reward": scores, "task": [""] * n, "batch": [0] * n})
         bucket, stats = self.rule.assign(frame)  # over the phase
@@ -210,15 +210,17 @@ class Rollouts:
 
     @torch.no_grad()
     def _of(
-        self, prompts: list[Any], answers: list[Any], mask: Tensor, model: Any, other: Reference | None, head: Any
-    ) -> tuple[Tensor, Tensor]:
+        self, rows: Sequence[int], prompts: list[Any], answers: list[Any], mask: Tensor, model: Any,
+        other: Reference | None, head: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(log π, V) of the answers' tokens, [n, t] each; of another model, or inside a context."""
         logps, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
         asked, inside = (other, None) if isinstance(other, torch.nn.Module) else (model, other)
         device = next(asked.parameters()).device
         for start in range(0, len(prompts), self.batch_size):
             at = slice(start, start + self.batch_size)
-            batch = {k: v.to(device) for k, v in rows_of(prompts[at], answers[at]).items()}
+            laid = self.layout.batch(prompts[at], answers[at], rows[at])
+            batch = {k: v.to(device) for k, v in laid.items()}
             of: Any = ("logps", "values") if head is not None else ("logps",)
 
             def ask(batch: Any = batch, of: Any = of) -> Any:
@@ -229,10 +231,9 @@ class Rollouts:
             else:
                 with inside():
                     found = ask()
-            targets = batch["loss_mask"]
-            logps[at][mask[at]] = found["logps"][targets].float().cpu()
+            logps[at] = by_sample(found["logps"], batch, mask[at].to(device)).float().cpu()
             if head is not None:
-                values[at][mask[at]] = found["values"][targets].float().cpu()
+                values[at] = by_sample(found["values"], batch, mask[at].to(device)).float().cpu()
         return logps, values
 
     # --- on disk ---
@@ -287,6 +288,46 @@ def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def rows_of(prompts: Sequence[Any], answers: Sequence[Any]) -> dict[str, Tensor]:
-    """A row a sample, padded on the right: row i is sample i."""
-    return batch_of(prompts, [[answer] for answer in answers], [[(i, [0])] for i in range(len(prompts))])
+@dataclass(frozen=True)
+class Layout:
+    """How samples become a batch: those of one prompt may share its row (`prefix.py`).
+
+    Attributes:
+        kind: auto, or separate for a model that obeys no block mask.
+        cost: of a row.
+        limit: tokens of a row that several share.
+    """
+
+    kind: Literal["auto", "separate"] = "separate"
+    cost: Cost = field(default_factory=Cost)
+    limit: int = 4096
+
+    def batch(self, prompts: Sequence[Any], answers: Sequence[Any], of: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors of `batch_of`, whose segment is a sample's number, and place [m]: of each target in its answer.
+
+        `of` says which prompt a sample answers.
+        """
+        members: dict[int, list[int]] = {}
+        for i, row in enumerate(of):
+            members.setdefault(row, []).append(i)
+        groups = list(members.values())
+        heads, some = [prompts[g[0]] for g in groups], [[answers[i] for i in g] for g in groups]
+        rows = plan(
+            [len(h) for h in heads], [[len(a) for a in each] for each in some], self.kind, self.cost, self.limit
+        )
+        batch = batch_of(heads, some, rows)
+        number = torch.tensor([i for g in groups for i in g])
+        segment = batch["segment"]
+        batch["segment"] = torch.where(segment >= 0, number[segment.clamp_min(0)], -1)
+        at = batch["segment"][batch["loss_mask"]]  # the targets of an answer stand together
+        first = torch.ones_like(at, dtype=torch.bool)
+        first[1:] = at[1:] != at[:-1]
+        count = torch.arange(len(at))
+        batch["place"] = count - count.masked_fill(~first, 0).cummax(0).values
+        return batch
+
+
+def by_sample(values: Tensor, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """Values at the targets of a batch [r, t] as [n, t'], a row a sample, like `mask`; differentiable."""
+    at = batch["loss_mask"]
+    return values.new_zeros(mask.shape).index_put((batch["segment"][at], batch["place"]), values[at])

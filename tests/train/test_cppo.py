@@ -259,6 +259,24 @@ def test_an_adapter_is_its_own_anchor(place, tmp_path):
     assert (tmp_path / "out/model/adapter_model.safetensors").is_file()
 
 
+def test_an_anchor_of_another_model_is_asked(place, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "start", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "older")
+    shutil.copy(place / "start/tokenizer.json", tmp_path / "older")
+    shutil.copy(place / "start/tokenizer_config.json", tmp_path / "older")
+    lines = trained(
+        place, tmp_path / "out", f"retention.model={tmp_path / 'older'}", "max_steps=1", "retention.weight=2"
+    )
+    samples = held(tmp_path / "out")
+    gap = ((samples["logps"] - samples["anchor"]) ** 2)[samples["mask"] != 0]
+    assert gap.max() > 1e-4 and lines[0]["retention"] > 1e-5
+    assert lines[0]["loss"] > lines[0]["policy"] and abs(lines[0]["kl_reference"]) < 1e-5
+
+
 def test_a_critic_of_its_own_learns(place, tmp_path):
     trained(place, tmp_path / "out", f"value.model={place / 'start'}", "max_steps=2")
     state = load_file(tmp_path / "out/checkpoint-2/method.safetensors")

@@ -38,7 +38,7 @@ from train.losses.cppo import (
     whiten,
 )
 from train.methods.base import Batch, Logged, Memoryless
-from train.rollouts import BUCKETS, Rollouts, Samples, rows_of
+from train.rollouts import BUCKETS, Rollouts, Samples, by_sample
 
 
 @dataclass
@@ -148,32 +148,30 @@ class Cppo(Memoryless):
         samples = self.samples
         assert samples is not None
         answers = samples.answers()
-        batch = rows_of([samples.prompts[i] for i in at], [answers[i] for i in at])
-        where, mask = samples.mask[at], batch["loss_mask"]
-        each = {"old_logps": samples.logps, "reference": samples.reference, "anchor": samples.anchor,
-                "old_values": samples.values, "advantages": self.made["advantages"],
-                "returns": self.made["returns"]}  # fmt: skip
-        for name, values in each.items():
-            batch[name] = torch.zeros(mask.shape).masked_scatter(mask, values[at][where].float())
-        batch |= {"row": samples.row[at], "score": samples.score[at].float(),
-                  "alpha": self.made["alpha"][at], "beta": self.made["beta"][at],
-                  "bucket": torch.tensor([BUCKETS.index(samples.bucket[i]) for i in at]),
-                  "weight": torch.ones(len(at))}  # fmt: skip
-        return batch
+        rows = samples.row[at].tolist()
+        batch = self.rollouts.layout.batch([samples.prompts[i] for i in at], [answers[i] for i in at], rows)
+        return batch | {
+            "mask": samples.mask[at], "old_logps": samples.logps[at], "reference": samples.reference[at],
+            "anchor": samples.anchor[at], "old_values": samples.values[at], "advantages": self.made["advantages"][at],
+            "returns": self.made["returns"][at], "row": samples.row[at], "score": samples.score[at].float(),
+            "alpha": self.made["alpha"][at], "beta": self.made["beta"][at],
+            "bucket": torch.tensor([BUCKETS.index(samples.bucket[i]) for i in at]),
+        }  # fmt: skip
 
     # --- the loss ---
 
     def size(self, batch: Batch) -> Tensor:
         """[tokens, samples]."""
-        mask = batch["loss_mask"]
+        mask = batch["mask"]
         return torch.stack([mask.sum(), mask.any(dim=1).sum()]).float()
 
     def loss(self, model: Any, batch: Batch, normaliser: Tensor) -> tuple[Tensor, Logged]:
         """The terms that are on, over the tokens of the step."""
-        mask, temperature = batch["loss_mask"], self.rollouts.sampling.temperature
+        mask, temperature = batch["mask"], self.rollouts.sampling.temperature
         own = self.critic is None and self.head is not None
         of: Any = ("logps", "entropy", "values") if own else ("logps", "entropy")
-        found = token_values(model, batch, of, value_head=self.head if own else None, temperature=temperature)
+        said = token_values(model, batch, of, value_head=self.head if own else None, temperature=temperature)
+        found = {name: by_sample(values, batch, mask) for name, values in said.items()}  # [n, t]
         logps, old = found["logps"], batch["old_logps"]
         tokens = normaliser[0]
         policy = policy_loss(logps, old, batch["advantages"], mask, batch["alpha"], self.clip, level=self.level,
@@ -191,15 +189,15 @@ class Cppo(Memoryless):
             loss = loss + self.kl * near
             logged["kl_reference_k3"] = torch.stack([near.detach() * tokens, size])
         if self.head is not None:
-            values = found["values"] if self.critic is None else token_values(
-                self.critic, batch, ("values",), value_head=self.head)["values"]  # fmt: skip
+            values = found["values"] if self.critic is None else by_sample(token_values(
+                self.critic, batch, ("values",), value_head=self.head)["values"], batch, mask)  # fmt: skip
             fit = value_loss(values, batch["old_values"], batch["returns"], mask, self.value_clip, normaliser=tokens)
             loss = loss + self.value_weight * fit
             logged["value"] = torch.stack([fit.detach() * tokens, size])
         return loss, logged | self._shown(batch, logps.detach(), found["entropy"].detach(), size)
 
     def _shown(self, batch: Batch, logps: Tensor, entropy: Tensor, size: Tensor) -> Logged:
-        mask, one = batch["loss_mask"], torch.ones_like(batch["score"])
+        mask, one = batch["mask"], torch.ones_like(batch["score"])
         moved = statistics(logps, batch["old_logps"], mask, self.clip, self.level)
         gain = -(ratios(logps, batch["old_logps"], mask, self.level) * batch["advantages"]).masked_fill(~mask, 0)
         length = mask.sum(dim=1)
