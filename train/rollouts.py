@@ -192,9 +192,11 @@ class Rollouts:
                 logps[i, : len(answers[i])] = torch.tensor(each.token_logps)
         if critic is not None:
             values = self._of(rows, prompts, answers, mask, critic, None, head)[1]
-        same = self.reference is self.anchor
-        reference = self._of(rows, prompts, answers, mask, model, self.reference, None)[0]
-        anchor = logps if self.anchor is None else reference if same else self._of(rows, prompts, answers, mask, model, self.anchor, None)[0]  # fmt: skip
+        asked = (rows, prompts, answers, mask, model)
+        reference = self._of(*asked, self.reference, None)[0]
+        anchor = logps
+        if self.anchor is not None:
+            anchor = reference if self.anchor is self.reference else self._of(*asked, self.anchor, None)[0]
         listed = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
         frame = pl.DataFrame({"token_logps": listed, "reward": scores, "task": [""] * n, "batch": [0] * n})
         bucket, stats = self.rule.assign(frame)  # over the phase
