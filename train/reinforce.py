@@ -102,7 +102,7 @@ def cppo_of(
             config, named, "retention.model", model, tokenizer, device)  # fmt: skip
     head, critic = _value(config, model, device) if config.advantages == "gae" else (None, None)
     embedder = open_embedder(EmbedConfig.model_validate({}), Path(config.base))
-    reward, of, how = open_reward(config.reward, Path(config.base), embedder), config.rollouts, config.weights
+    reward, of, how = open_reward(config.reward, Path(config.base), embedder, "reward"), config.rollouts, config.weights
     rollouts = Rollouts(
         phases=phases, manifest=stage.manifest, examples=stage.rows, tokenizer=tokenizer,
         sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=reward,

@@ -43,8 +43,10 @@ from curate.models.weights import architectures, model_folder, quiet, refuse_for
 KEY = "rollouts.reward"  # where a configuration asks for a reward: errors name it
 
 
-def open_reward(config: RewardConfig, base: Path, embedder: Embedder) -> Reward:
+def open_reward(config: RewardConfig, base: Path, embedder: Embedder, where: str = KEY) -> Reward:
     """The reward that a configuration asks for; relative paths and modules are relative to `base`.
+
+    Errors name the key `where`.
 
     Raises:
         InputError: the model or the function cannot be used (before any completion is judged).
@@ -53,9 +55,9 @@ def open_reward(config: RewardConfig, base: Path, embedder: Embedder) -> Reward:
         case "similarity":
             return Similarity(embedder)
         case "model":
-            return RewardModel(config, base)
+            return RewardModel(config, base, where)
         case "python":
-            return Function(str(config.function), base)
+            return Function(str(config.function), base, where)
         case kind:
             return Overlap(kind, OVERLAPS[kind])
 
@@ -204,10 +206,10 @@ class RewardModel:
     model reads at the last token that is not the pad token (the end token, where the tokenizer has no pad token).
     """
 
-    def __init__(self, config: RewardConfig, base: Path) -> None:
-        self.config = config
-        self.folder, name = model_folder(str(config.model), base, f"{KEY}.model", whole=True)
-        self.where = f"{KEY}.model {name!r}"
+    def __init__(self, config: RewardConfig, base: Path, key: str = KEY) -> None:
+        self.config, self.key = config, key
+        self.folder, name = model_folder(str(config.model), base, f"{key}.model", whole=True)
+        self.where = f"{key}.model {name!r}"
         kinds = architectures(self.folder)
         if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise InputError(
@@ -218,7 +220,7 @@ class RewardModel:
         if len(labels) != 1:
             raise InputError(
                 f"{self.where}: {len(labels)} labels, {labels}; a reward is one number",
-                remedy=f"use a model that was trained with num_labels=1, or choose a label's logit in {KEY}.function",
+                remedy=f"use a model that was trained with num_labels=1, or choose a label's logit in {key}.function",
             )
 
     @cached_property
@@ -293,7 +295,7 @@ class RewardModel:
         if pad is None and self.config.batch_size > 1:
             raise InputError(
                 f"{self.where}: its tokenizer has neither a pad nor an end token, so that texts cannot share a batch",
-                remedy=f"set {KEY}.batch_size to 1, or save the tokenizer with the pad token of the training",
+                remedy=f"set {self.key}.batch_size to 1, or save the tokenizer with the pad token of the training",
             )
         settings = model.config.get_text_config()
         settings.pad_token_id = pad
@@ -319,8 +321,8 @@ class Function:
     The fingerprint hashes the module's own file, not what it imports.
     """
 
-    def __init__(self, name: str, base: Path) -> None:
-        self.where = f"{KEY}.function {name!r}"
+    def __init__(self, name: str, base: Path, key: str = KEY) -> None:
+        self.where = f"{key}.function {name!r}"
         module_name, _, attribute = name.partition(":")
         module = _imported(module_name, base, self.where)
         function = getattr(module, attribute, None)

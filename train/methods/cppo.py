@@ -13,6 +13,7 @@ Departures from the paper, or from official code: those of the losses, and
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class Cppo(Memoryless):
             )
         self.made = self._worth(samples)
         self.say(self._line(samples))
+        for i in sorted({int(samples.score.argmax()), int(samples.score.argmin())}):
+            self.say(self._sample(samples, i))
 
     def _worth(self, samples: Samples) -> dict[str, Tensor]:
         """Advantages and returns [n, t], α and β [n]."""
@@ -142,6 +145,15 @@ class Cppo(Memoryless):
         return (
             f"phase {self.number + 1}: reward {float(samples.score.mean()):.3f} · KL to the reference {self.met:.3f} "
             f"nats a sample · {float(samples.mask.sum(1).float().mean()):.0f} tokens · {others}"
+        )
+
+    def _sample(self, samples: Samples, i: int) -> str:
+        """A sample for the screen, its text in ASCII: it may hold what a terminal obeys."""
+        tokens = samples.tokens[i][samples.mask[i]].tolist()
+        text = json.dumps(self.rollouts.tokenizer.decode(tokens, skip_special_tokens=True))
+        return (
+            f"  {samples.bucket[i].replace('_', ' ')} · reward {float(samples.score[i]):.3f} · α "
+            f"{float(self.made['alpha'][i]):.2f}, β {float(self.made['beta'][i]):.2f} · {text[:80]}"
         )
 
     def _batch(self, at: list[int]) -> dict[str, Tensor]:
