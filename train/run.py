@@ -60,6 +60,7 @@ from train.phases import Phases, Slots
 from train.phases import collate as collate_slots
 from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
 from train.reinforce import Prompts, cppo_of, read_prompts, write_head
+from train.rollouts import FOLDER as ROLLOUTS
 from train.screen import Progress
 from train.sets import SetItems
 from train.trainer import RehearseTrainer
@@ -161,6 +162,8 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
         with whole(out / f".{FACTS}", "the same command begins again"):
             if not config.resume:
                 clear(out)
+            if last is None:  # rollouts are of the policy that begins now
+                shutil.rmtree(out / ROLLOUTS, ignore_errors=True)
             _write_facts(out, facts | {"identity": identity})
             stage.write_left_out(out)
             lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,

@@ -191,6 +191,15 @@ def test_the_loss_of_a_step_by_a_reference_of_its_own(place, plain):
     assert plain[0]["reward"] == pytest.approx(samples["score"][step].mean().item(), rel=1e-5)
 
 
+def test_rollouts_of_another_start_are_not_trained_on(place, plain, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copytree(place / "plain/rollouts", tmp_path / "out/rollouts")
+    trained(place, tmp_path / "out", "max_steps=1", "seed=7")
+    trained(place, tmp_path / "fresh", "max_steps=1", "seed=7")
+    assert same(held(tmp_path / "out"), held(tmp_path / "fresh"))
+    assert not (tmp_path / "out/rollouts/phase-00001").exists()
+
+
 # --- identities ---
 
 
