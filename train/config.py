@@ -285,11 +285,14 @@ class CppoConfig(RunConfig):
     retention: RetentionConfig = Field(RetentionConfig.model_validate({}), description="to the task before")
     weights: WeightsConfig = Field(WeightsConfig.model_validate({}), description="α and β")
     value: ValueConfig = Field(ValueConfig.model_validate({}), description="the value function")
+    ewc: EwcConfig | None = Field(None, description="hold the weights that older tasks needed")
 
     @model_validator(mode="after")
     def _fits(self) -> CppoConfig:
         if self.packing:
             raise ValueError("`packing` is for rows that are there before the run; samples here are fresh")
+        if self.ewc is not None and self.lora is not None:
+            raise ValueError("`ewc` with `lora`: EWC holds the weights, and an adapter leaves them alone")
         if self.eval_data:
             raise ValueError("`eval_data`: a policy is evaluated by its answers, with `train eval`")
         if self.advantages == "group" and self.rollouts.k < 2:

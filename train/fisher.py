@@ -26,7 +26,7 @@ from train.config import CftConfig, Folders
 from train.data import Examples
 from train.folder import refuse_foreign, whole
 from train.logprobs import token_logps
-from train.methods.cft import plain_name
+from train.methods.ewc import plain_name
 from train.models import end_tokens, open_model, open_tokenizer
 from train.packing import Collator, Item
 

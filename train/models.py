@@ -19,7 +19,7 @@ from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.models.weights import load_causal, model_folder, quiet, stack, tokenizer_folder
 from train.config import OLoraConfig, RunConfig
-from train.methods.cft import Fisher, plain_name
+from train.methods.ewc import Fisher, plain_name
 
 ADAPTER = "adapter_model.safetensors"
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else it asks, and runs at a "y"

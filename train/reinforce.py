@@ -23,7 +23,7 @@ from train.config import CppoConfig
 from train.data import Examples, check_fingerprints
 from train.logprobs import AdapterOff
 from train.methods.cppo import Cppo
-from train.models import check_vocabulary, open_model
+from train.models import check_vocabulary, open_model, read_fishers
 from train.phases import Phases
 from train.prefix import Cost, shares_prefixes
 from train.rollouts import Layout, Rollouts, stored
@@ -116,7 +116,9 @@ def cppo_of(
         value_weight=config.value.weight, missing_end=config.missing_end, kl=config.kl.coef,
         kl_target=config.kl.target, kl_horizon=config.kl.horizon, kl_most=config.kl.most,
         retention=config.retention.weight, weights=how.kind, lead=how.lead, k=how.k, bounds=(how.lb, how.ub),
-        power=how.power, tau=how.tau, seed=seed, say=say,
+        power=how.power, tau=how.tau, ewc=config.ewc.weight if config.ewc else 0.0,
+        fishers=read_fishers([config.path(f) for f in config.ewc.fisher], model) if config.ewc else [],
+        seed=seed, say=say,
     )  # fmt: skip
 
 

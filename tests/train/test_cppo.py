@@ -286,6 +286,19 @@ def test_an_anchor_of_another_model_is_asked(place, tmp_path):
     assert lines[0]["loss"] > lines[0]["policy"] and abs(lines[0]["kl_reference"]) < 1e-5
 
 
+def test_ewc_holds_the_weights(place, tmp_path):
+    from train.fisher import FisherConfig, fisher
+
+    fisher(FisherConfig.model_validate({"model": str(place / "start"), "data": str(place / "data"), "samples": 8,
+                                        "out": str(tmp_path / "fisher"), "max_length": 512}))  # fmt: skip
+    trained(place, tmp_path / "zero", f"ewc={{weight: 0, fisher: [{tmp_path / 'fisher'}]}}", "max_steps=2")
+    trained(place, tmp_path / "none", "max_steps=2")
+    assert same(weights(tmp_path / "zero/model"), weights(tmp_path / "none/model"))
+    lines = trained(place, tmp_path / "held", f"ewc={{weight: 1000, fisher: [{tmp_path / 'fisher'}]}}",
+                    "learning_rate=0.0001", "max_steps=3")  # fmt: skip
+    assert lines[0]["ewc"] == 0 and lines[2]["ewc"] > 0
+
+
 def test_a_critic_of_its_own_learns(place, tmp_path):
     trained(place, tmp_path / "out", f"value.model={place / 'start'}", "max_steps=2")
     state = load_file(tmp_path / "out/checkpoint-2/method.safetensors")

@@ -15,22 +15,9 @@ import torch
 from torch import Tensor
 
 from train.logprobs import Measure, token_values
-from train.losses.cft import ewc_penalty, kl_penalty, orthogonality, weighted_nll
+from train.losses.cft import kl_penalty, orthogonality, weighted_nll
 from train.methods.base import Batch, Logged, Memoryless, by_sample, token_weights, weighted_tokens
-
-
-@dataclass
-class Fisher:
-    """What an older task needs: the diagonal of its Fisher information, and the parameters that it had."""
-
-    fisher: dict[str, Tensor]
-    anchor: dict[str, Tensor]
-
-    def move(self, device: torch.device) -> None:
-        """To where the parameters are, once."""
-        if next(iter(self.fisher.values())).device != device:
-            self.fisher = {name: value.to(device) for name, value in self.fisher.items()}
-            self.anchor = {name: value.to(device) for name, value in self.anchor.items()}
+from train.methods.ewc import Fisher, held, plain_name
 
 
 @dataclass
@@ -79,13 +66,7 @@ class Cft(Memoryless):
             return None, logged
         parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         if self.ewc:
-            for each in self.fishers:
-                names = list(each.fisher)
-                each.move(parameters[names[0]].device)
-                part = ewc_penalty([parameters[n] for n in names], [each.anchor[n] for n in names],
-                                   [each.fisher[n] for n in names])  # fmt: skip
-                logged["ewc"] = logged.get("ewc", 0.0) + part.detach()
-                total = self.ewc * part if total is None else total + self.ewc * part
+            total, logged = held(parameters, self.fishers, self.ewc)
         if self.orthogonal and self.old_adapters:
             pairs = [(old.to(parameters[n]), parameters[n]) for n, olds in self.old_adapters.items() for old in olds]
             part = orthogonality([old for old, _ in pairs], [new for _, new in pairs])
@@ -97,14 +78,3 @@ class Cft(Memoryless):
 def _of(mean: Tensor, normaliser: Tensor, own: Tensor) -> Tensor:
     """[2]: a sum that `normaliser` has divided, and how many of them are of this batch."""
     return torch.stack([mean.detach() * normaliser, own.to(mean.dtype)])
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and checkpointing put before it.
-
-    >>> plain_name("module._orig_mod.model.norm.weight")
-    'model.norm.weight'
-    """
-    for part in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ from train.losses.cppo import (
     whiten,
 )
 from train.methods.base import Batch, Logged, Memoryless
+from train.methods.ewc import Fisher, held, plain_name
 from train.rollouts import BUCKETS, Rollouts, Samples, by_sample
 
 
@@ -47,6 +48,7 @@ class Cppo(Memoryless):
     """Attributes: as in `train.config.CppoConfig`, and
 
     rollouts: makes the phases.
+    fishers: of older tasks, for `ewc`.
     head: V of the last hidden state, [n, d] -> [n, 1]; None for `advantages="group"`.
     critic: a model of its own below the head; None: the policy's states.
     say: tells the user a line.
@@ -75,6 +77,8 @@ class Cppo(Memoryless):
     bounds: tuple[float, float] = (0.5, 2.5)
     power: int = 2
     tau: float = 0.1
+    ewc: float = 0.0
+    fishers: list[Fisher] = field(default_factory=list)
     seed: int = 0
     say: Any = print
     name: str = "cppo"
@@ -192,9 +196,9 @@ class Cppo(Memoryless):
         logged: Logged = {"policy": torch.stack([policy.detach() * (tokens if self.level == "token" else normaliser[1]),
                                                  size if self.level == "token" else mask.any(1).sum()])}  # fmt: skip
         if self.retention:
-            held = retention_loss(logps, batch["anchor"], mask, batch["beta"], normaliser=tokens)
-            loss = loss + self.retention * held
-            logged["retention"] = torch.stack([held.detach() * tokens, size])
+            kept = retention_loss(logps, batch["anchor"], mask, batch["beta"], normaliser=tokens)
+            loss = loss + self.retention * kept
+            logged["retention"] = torch.stack([kept.detach() * tokens, size])
         if self.advantages == "group" and self.kl:
             gap = (batch["reference"] - logps).masked_fill(~mask, 0)
             near = ((gap.clamp(max=40).exp() - gap - 1) * mask).sum() / tokens.clamp_min(1)
@@ -244,6 +248,12 @@ class Cppo(Memoryless):
         returns, values = self.made["returns"][mask], self.samples.values[mask]
         spread = returns.var(unbiased=False)
         return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread, torch.zeros(()))
+
+    def penalty(self, model: Any) -> tuple[Tensor | None, Logged]:
+        """EWC, where it is on."""
+        if not (self.ewc and self.fishers):
+            return None, {}
+        return held({plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}, self.fishers, self.ewc)
 
     # --- the state ---
 
