@@ -6,7 +6,7 @@ FOLDER holds the SuperNI files sentiment_analysis.jsonl.gz and detection.jsonl.g
 and 100 test rows of each are held out, of those whose prompt has at most 200 tokens and whose references at most 4. The
 reward is exact match. Each arm runs through `train` as a user would run it: a warm-up stage of `train cft` on 100 other
 rows of each task, so that right answers are drawn at all, then a stage of reinforcement learning a task, from the model
-before. `train eval metric=exact` scores every checkpoint on both tasks; KL is that of the last phase to the model before
+before. `train eval metric=exact` scores every checkpoint on both tasks; KL is the last phase's to the model before
 the stage, in nats a sample. `ppo-replay` brings a fifth of its prompts from the first task.
 """
 
@@ -50,7 +50,7 @@ def write_split(folder: Path, source: Path, tokens: Any, seed: int) -> None:
         with gzip.open(source / f"{task}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         rows = [row for row in rows if tokens(row["definition"] + row["input"]) <= 200
-                and max(tokens(each) for each in row["output"]) <= 4]  # fmt: skip
+                and max(tokens(each) for each in row["outputs"]) <= 4]  # fmt: skip
         random.Random(f"{seed}/{task}").shuffle(rows)
         train = [row for row in rows if row.get("split") != "test"]
         test = [row for row in rows if row.get("split") == "test"]
