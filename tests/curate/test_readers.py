@@ -642,7 +642,7 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     ("preference", {"prompt": "q", "chosen": None, "rejected": "b"}, ["column 'chosen'", "found null"]),
     ("ranked", {"prompt": "q", "candidates": TWO[:1]}, ["at least 2 candidates are needed, found 1"]),
     ("ranked", {"question": "", "candidates": TWO}, ["column 'question': the prompt is empty"]),
-    ("ranked", {"prompt": "q", "candidates": ["a", "b"]}, ["a list of {text, rank, score} was expected"]),
+    ("ranked", {"prompt": "q", "candidates": ["a", "b"]}, ["a list of {text, rank} or {text, score} was expected"]),
     ("ranked", {"prompt": "q", "candidates": [*TWO, {"text": " ", "rank": 3}]}, ["a candidate's text is empty"]),
     ("ranked", {"prompt": "q", "candidates": [*TWO, {"text": "c"}]}, ["every candidate needs a rank"]),
     ("ranked", {"prompt": "q", "candidates": [*TWO, {"text": "c", "rank": 0}]}, ["whole numbers from 1"]),
