@@ -146,9 +146,12 @@ class Rollouts:
         """A completion of each sample; the k of a prompt stand together."""
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         policy = LocalModel.around(plain, self.tokenizer, self.name, self.batch_size)
-        # a uid of its own in each phase: draws depend on seed, uid and number alone
-        prompts = [Prompt(f"{uid}/{number}", self.rows[uid]["prompt"], self.rows[uid]["tools"])
-                   for uid in uids[:: self.sampling.k]]  # fmt: skip
+        # a uid of its own in each phase, and each time that a phase asks again: draws depend on seed and uid alone
+        prompts, asked = list[Prompt](), dict[str, int]()
+        for uid in uids[:: self.sampling.k]:
+            asked[uid] = asked.get(uid, 0) + 1
+            again = f"/{asked[uid]}" if asked[uid] > 1 else ""
+            prompts.append(Prompt(f"{uid}/{number}{again}", self.rows[uid]["prompt"], self.rows[uid]["tools"]))
         return [each for some in policy.generate(prompts, self.sampling) for each in some]
 
     def _judge(self, uids: Sequence[str], texts: Sequence[str]) -> list[float]:

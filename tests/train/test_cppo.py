@@ -200,6 +200,16 @@ def test_rollouts_of_another_start_are_not_trained_on(place, plain, tmp_path):
     assert not (tmp_path / "out/rollouts/phase-00001").exists()
 
 
+def test_a_prompt_that_a_phase_asks_twice_is_drawn_anew(place, tmp_path):
+    """Eighty-three prompts in a phase of a hundred: seventeen come twice."""
+    trained(place, tmp_path / "out", "max_steps=1", "rollouts={prompts: 100, max_new_tokens: 6, passes: 1}")
+    samples = held(tmp_path / "out")
+    twice = [(samples["row"] == row).nonzero()[:, 0].tolist() for row in samples["row"].unique()]
+    pairs = [places for places in twice if len(places) == 2]
+    assert pairs and all(not torch.equal(samples["tokens"][a], samples["tokens"][b]) for a, b in pairs)
+    assert check(tmp_path / "out/rollouts/phase-00000") == []
+
+
 # --- identities ---
 
 
