@@ -202,6 +202,9 @@ class RewardConfig(Section):
         pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$",
         description="python only: package.module:function(prompts, completions, references) -> list of numbers",
     )
+    retries: int = Field(
+        3, ge=0, le=20, description="python only: further tries where it raises what may pass (a connection, a timeout)"
+    )
     batch_size: int = Field(32, gt=0, description="model only: sequences a forward pass")
     device: str | None = Field(None, description="model only: cpu, cuda, …")
 

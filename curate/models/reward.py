@@ -13,15 +13,12 @@ Departures from Natural Instructions' `compute_metrics.py`, for texts that it ca
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
 import string
-import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import chain
@@ -33,10 +30,10 @@ import numpy as np
 
 from curate.config import RewardConfig
 from curate.errors import InputError
-from curate.manifest.io import sha256_file
 from curate.models.base import Prompt, Reward
 from curate.models.chat import render
 from curate.models.embedder import Embedder, Precomputed
+from curate.models.function import Function, finite
 from curate.models.memory import halving
 from curate.models.weights import architectures, model_folder, quiet, refuse_foreign_tokens, weights_hash
 
@@ -57,7 +54,7 @@ def open_reward(config: RewardConfig, base: Path, embedder: Embedder, where: str
         case "model":
             return RewardModel(config, base, where)
         case "python":
-            return Function(str(config.function), base, where)
+            return Function(str(config.function), base, where, config.retries)
         case kind:
             return Overlap(kind, OVERLAPS[kind])
 
@@ -265,7 +262,7 @@ class RewardModel:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask).logits  # [b, 1]
-        return [_finite(value) for value in logits[:, 0].float().tolist()]
+        return [finite(value) for value in logits[:, 0].float().tolist()]
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, int | None, int | None]:
@@ -309,104 +306,3 @@ def _labels(folder: Path) -> dict[int, str]:
     config = json.loads((folder / "config.json").read_bytes())
     given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
     return {int(i): str(label) for i, label in given.items()}
-
-
-# --- the user's function ---
-
-
-class Function:
-    """`module:function`, called as function(prompts, completions, references) -> a list of as many numbers.
-
-    Prompts are lists of {role, content} messages. None, NaN and infinities are NaN, True and False 1 and 0.
-    The fingerprint hashes the module's own file, not what it imports.
-    """
-
-    def __init__(self, name: str, base: Path, key: str = KEY) -> None:
-        self.where = f"{key}.function {name!r}"
-        module_name, _, attribute = name.partition(":")
-        module = _imported(module_name, base, self.where)
-        function = getattr(module, attribute, None)
-        if not callable(function):
-            known = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-            raise InputError(f"{self.where}: {module.__file__} has no such function", remedy=f"it has {known}")
-        self.function: Callable[..., Any] = function
-        self.fingerprint = f"python:{name}@{sha256_file(Path(str(module.__file__)))}"
-
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> list[float]:
-        """What the function says, one number a completion.
-
-        Raises:
-            InputError: it raises, or gives something other than as many numbers.
-        """
-        if not completions:
-            return []
-        where = f"{self.where}, called with {len(completions)} completions from row {prompts[0].uid} on"
-        messages = [[dict(m) for m in p.messages] for p in prompts]
-        try:
-            found = self.function(messages, list(completions), [list(r) for r in references])
-        except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
-            raise InputError(
-                f"{where}, raised {type(error).__name__}: {_said(error)}",
-                remedy="mend the function; it may give None for a completion that it cannot judge",
-            ) from error
-        remedy = "return a list with one number, or None, for every completion, in their order"
-        found = found.tolist() if hasattr(found, "tolist") else found  # NumPy and torch
-        if not isinstance(found, list | tuple):
-            raise InputError(f"{where}, gave {type(found).__name__} instead of a list", remedy=remedy)
-        if len(found) != len(completions):
-            raise InputError(f"{where}, gave {len(found)} numbers", remedy=remedy)
-        numbers = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]
-        wrong = next((value for value in numbers if not isinstance(value, int | float | None)), None)
-        if wrong is not None:
-            raise InputError(f"{where}, gave {str(wrong)[:80]!r} ({type(wrong).__name__}), no number", remedy=remedy)
-        return [math.nan if value is None else _finite(value) for value in numbers]
-
-
-def _said(error: BaseException) -> str:
-    try:
-        return str(error)[:300]
-    except Exception:  # an exception of the user's code may fail to say what it is
-        return "(it cannot be printed)"
-
-
-def _imported(name: str, base: Path, where: str) -> Any:
-    try:
-        with _importable(base):
-            module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a module that is executed may raise anything, or leave
-        raise InputError(
-            f"{where}: module {name!r} cannot be imported: {type(error).__name__}: {_said(error)}",
-            remedy=f"it must lie in {base.resolve()} or be installed, and import without an error",
-        ) from error
-    if getattr(module, "__file__", None) is None:  # built in, or a folder
-        raise InputError(f"{where}: module {name!r} has no source file", remedy="name a module of your own")
-    return module
-
-
-@contextmanager
-def _importable(base: Path) -> Iterator[None]:
-    """Modules of a folder can be imported. Afterwards neither the folder nor its modules are known any more.
-
-    Otherwise a second build, or one after the function was edited, would silently get the module of the first.
-    """
-    folder, path, modules = base.resolve(), list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            place = folder.joinpath(*name.split("."))  # not simply what lies below: that may be a whole environment
-            if getattr(sys.modules[name], "__file__", None) in (f"{place}.py", f"{place / '__init__.py'}"):
-                del sys.modules[name]
-
-
-def _finite(value: float) -> float:
-    """The number; NaN where it is infinite or too large for a float."""
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan

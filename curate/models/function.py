@@ -1,0 +1,137 @@
+"""The user's own functions, `module:function`: a reward, or what a training run calls."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+from curate.errors import InputError
+from curate.manifest.io import sha256_file
+from curate.models.base import Prompt
+
+PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
+
+
+def open_function(name: str, base: Path, where: str) -> tuple[Callable[..., Any], Path]:
+    """(`module:function`, the module's file); modules of `base` come first. Errors begin with `where`.
+
+    Raises:
+        InputError: the module cannot be imported, has no source file, or no such function.
+    """
+    module_name, _, attribute = name.partition(":")
+    module = _imported(module_name, base, where)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        raise InputError(f"{where}: {module.__file__} has no such function", remedy=f"it has {known}")
+    return function, Path(str(module.__file__))
+
+
+class Function:
+    """A reward: function(prompts, completions, references) -> a list of as many numbers.
+
+    Prompts are lists of {role, content} messages. None, NaN and infinities are NaN, True and False 1 and 0.
+    The fingerprint hashes the module's own file, not what it imports. What may pass (a connection, a timeout: any
+    OSError, or an exception of a library) is tried again, `retries` times with growing pauses.
+    """
+
+    def __init__(self, name: str, base: Path, key: str, retries: int = 3) -> None:
+        self.where, self.retries = f"{key}.function {name!r}", retries
+        self.function, file = open_function(name, base, self.where)
+        self.fingerprint = f"python:{name}@{sha256_file(file)}"
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> list[float]:
+        """What the function says, one number a completion.
+
+        Raises:
+            InputError: it raises, or gives something other than as many numbers.
+        """
+        if not completions:
+            return []
+        where = f"{self.where}, called with {len(completions)} completions from row {prompts[0].uid} on"
+        messages = [[dict(m) for m in p.messages] for p in prompts]
+        tries = Retrying(
+            stop=stop_after_attempt(1 + self.retries), wait=wait_exponential(PAUSE, max=60),
+            retry=retry_if_exception(_may_pass), reraise=True,
+        )  # fmt: skip
+        try:
+            found = tries(self.function, messages, list(completions), [list(r) for r in references])
+        except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
+            again = f" in each of {1 + self.retries} tries" if self.retries and _may_pass(error) else ""
+            raise InputError(
+                f"{where}, raised {type(error).__name__}{again}: {_said(error)}",
+                remedy="mend the function, or what it asks; it may give None for a completion that it cannot judge",
+            ) from error
+        remedy = "return a list with one number, or None, for every completion, in their order"
+        found = found.tolist() if hasattr(found, "tolist") else found  # NumPy and torch
+        if not isinstance(found, list | tuple):
+            raise InputError(f"{where}, gave {type(found).__name__} instead of a list", remedy=remedy)
+        if len(found) != len(completions):
+            raise InputError(f"{where}, gave {len(found)} numbers", remedy=remedy)
+        numbers = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]
+        wrong = next((value for value in numbers if not isinstance(value, int | float | None)), None)
+        if wrong is not None:
+            raise InputError(f"{where}, gave {str(wrong)[:80]!r} ({type(wrong).__name__}), no number", remedy=remedy)
+        return [math.nan if value is None else finite(value) for value in numbers]
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Python's own errors, OSError aside, say that the function is wrong; those of libraries may be a server's."""
+    return isinstance(error, OSError) or (isinstance(error, Exception) and type(error).__module__ != "builtins")
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)[:300]
+    except Exception:  # an exception of the user's code may fail to say what it is
+        return "(it cannot be printed)"
+
+
+def _imported(name: str, base: Path, where: str) -> Any:
+    try:
+        with _importable(base):
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # a module that is executed may raise anything, or leave
+        raise InputError(
+            f"{where}: module {name!r} cannot be imported: {type(error).__name__}: {_said(error)}",
+            remedy=f"it must lie in {base.resolve()} or be installed, and import without an error",
+        ) from error
+    if getattr(module, "__file__", None) is None:  # built in, or a folder
+        raise InputError(f"{where}: module {name!r} has no source file", remedy="name a module of your own")
+    return module
+
+
+@contextmanager
+def _importable(base: Path) -> Iterator[None]:
+    """Modules of a folder can be imported. Afterwards neither the folder nor its modules are known any more.
+
+    Otherwise a second build, or one after the function was edited, would silently get the module of the first.
+    """
+    folder, path, modules = base.resolve(), list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            place = folder.joinpath(*name.split("."))  # not simply what lies below: that may be a whole environment
+            if getattr(sys.modules[name], "__file__", None) in (f"{place}.py", f"{place / '__init__.py'}"):
+                del sys.modules[name]
+
+
+def finite(value: float) -> float:
+    """The number; NaN where it is infinite or too large for a float."""
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
