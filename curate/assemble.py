@@ -36,8 +36,8 @@ def assemble(
 
     Args:
         tasks: the stream, the current task last.
-        made: `sample`: folder of the draw; `tags`: folder of the scores, `distances`: list, and `losses`: table, where
-            there are any.
+        made: `sample`: folder of the draw; `tags`: folder of the scores, `distances`: list, `losses`: table, and `map`:
+            (uid, x, y) of every instruction with the variance of both axes, where there are any.
         work: what the policy stages made of the rows.
         facts: what the provenance records of the build.
     """
@@ -46,7 +46,8 @@ def assemble(
         for name in ("rows", "instructions", "tasks")
     }
     scored = pl.read_parquet(made["tags"] / "instructions.parquet", glob=False) if "tags" in made else None
-    instructions = _instructions(tasks, drawn["instructions"], scored)
+    places, variance = made.get("map", (None, None))
+    instructions = _instructions(tasks, drawn["instructions"], scored, places)
     untagged = _untagged(instructions, scored)
     frames = {
         "samples": _samples(work.rows, instructions, made.get("losses")),
@@ -61,6 +62,7 @@ def assemble(
     }
     frames = with_augmentations(frames, facts.get("augment", {}).get("theta", 0.0))
     frames["tasks"] = counted(frames)
+    facts = {**facts, "map": {"variance": variance}} if variance else facts
     provenance = {**facts, "rehearse": curate.__version__, "packages": _packages(), "python": platform.python_version()}
     return frames, provenance, card(frames, provenance)
 
@@ -154,7 +156,9 @@ def _plain_messages(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(pl.col("prompt", "completion").list.eval(keep))
 
 
-def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFrame | None) -> pl.DataFrame:
+def _instructions(
+    tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFrame | None, places: pl.DataFrame | None
+) -> pl.DataFrame:
     each = [
         t.instructions.drop("tags").with_columns(task=pl.lit(t.task.name), stage=pl.lit(t.task.stage, dtype=pl.Int32))
         for t in tasks
@@ -162,6 +166,8 @@ def _instructions(tasks: list[TaskRows], drawn: pl.DataFrame, scored: pl.DataFra
     frame = pl.concat(each).join(drawn, on="uid", how="left", maintain_order="left")
     if scored is not None:
         frame = frame.join(scored.drop("rarest", "fault"), on="uid", how="left", maintain_order="left")
+    if places is not None:
+        frame = frame.join(places, on="uid", how="left", maintain_order="left")
     return INSTRUCTIONS.fit(frame)
 
 

@@ -34,7 +34,9 @@ from curate.ingest import Task, TaskRows, ingest, row_texts
 from curate.losses import losses, pairs
 from curate.manifest import Manifest, ManifestError, read, write
 from curate.manifest.io import read_provenance
+from curate.manifest.licences import warning
 from curate.manifest.schema import SCHEMA_VERSION
+from curate.map import coordinates
 from curate.models import Embedder, open_embedder, open_generator, open_reward
 from curate.policy import PolicyStages, PolicyWork, usage
 from curate.readers import SourceId, identify, time_blocks
@@ -45,7 +47,8 @@ from curate.vocabulary import VERSION as TAGS_VERSION
 from curate.vocabulary import phrases_of, score, tag
 
 DISTANCE_VERSION = 1
-SAMPLE_VERSION = MANIFEST_VERSION = 2
+SAMPLE_VERSION = 2
+MANIFEST_VERSION = 3
 
 
 def build(config: BuildConfig | Mapping[str, Any] | str | Path, screen: Screen | None = None) -> Manifest:
@@ -414,13 +417,23 @@ class Build:
             self.screen.cached("manifest", str(self.out))
         else:
             with self.screen.stage("manifest", None, "rows") as advance:
+                if self.needs(tasks) & {"distance", "vectors"}:
+                    made["map"] = self.map(tasks)
                 frames, provenance, card = assemble(tasks, made, work, {"build_key": key, **facts})
                 write(self.out, frames, provenance, card)
                 advance(frames["samples"].height)
             manifest = read(self.out)
         if (granted := int(manifest.tasks["granted"].sum())) < asked:
             self.screen.note(f"{granted:,} of {asked:,} rows granted; `reason` in tasks.parquet says why for each task")
+        if restricted := warning(manifest.samples):
+            self.screen.note(restricted)
         return manifest
+
+    def map(self, tasks: list[TaskRows]) -> tuple[pl.DataFrame, list[float]]:
+        """Each instruction's place on the map of the stream, and the share of the variance that both axes hold."""
+        frame = pl.concat([t.instructions.select("uid", "instruction") for t in tasks])
+        places, variance = coordinates(self.embeddings.of(frame["instruction"].to_list()))
+        return frame.select("uid").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1])), variance
 
     def models(self) -> dict[str, Any]:
         """The language models that this build asks, each with the hash of its weights."""

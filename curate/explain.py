@@ -11,6 +11,7 @@ import polars as pl
 from curate.errors import InputError
 from curate.manifest import Manifest, sequence_logp
 
+Row = dict[str, Any]
 SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
 
 
@@ -52,8 +53,8 @@ def _whole(manifest: Manifest, uid: str) -> str:
     return found[0]
 
 
-def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
-    task = m.tasks.filter(task=sample["task"]).row(0, named=True)
+def _in(m: Manifest, sample: Row) -> Iterator[str]:
+    task, story = m.tasks.filter(task=sample["task"]).row(0, named=True), Story(m)
     if sample["origin"] == "augmented":
         yield f"{sample['uid']} is in the set, as augmented: a rewrite of {sample['parent_uid']}, {sample['task']!r}."
         yield from _rewrite(m, sample["uid"])
@@ -61,35 +62,77 @@ def _in(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
     yield f"{sample['uid']} is in the set, as {sample['origin']}: row {sample['row']} of task {sample['task']!r}."
     yield _excerpt("instruction", sample["instruction"])
     if sample["origin"] == "current":
-        yield f"Why: it belongs to the newest task, and all {task['rows']:,} of its rows are trained on."
-        yield from _policy(m, sample)
-        return
-    yield from _task(m, task)
-    instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
-    yield from _instruction(m, instruction)
-    if sample["loss"] is None:
-        yield (
-            f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
-            f"(seed {m.provenance['config']['seed']}); this is one of them."
-        )
+        yield story.current(task)
     else:
-        yield f"Draw: the {task['granted']} of the task's {task['rows']} rows that score highest; this is one of them."
-    yield from _losses(sample)
+        instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
+        yield from story.task(task)
+        yield from story.instruction(instruction)
+        yield from story.draw(sample, task, instruction)
     yield from _policy(m, sample)
 
 
-def _losses(sample: dict[str, Any]) -> Iterator[str]:
-    """The loss that the selector went by."""
-    if sample["loss"] is None:
-        return
-    ratio = ""
-    if sample["reference_loss"] is not None:
-        value = math.exp(min(sample["loss"] - sample["reference_loss"], 700.0))
-        ratio = f", {sample['reference_loss']:.4f} under the reference: a perplexity ratio of {value:.3f}"
-    yield f"Loss: {sample['loss']:.4f} nats a token under the policy{ratio}."
+class Story:
+    """Why rows were drawn, in sentences. What many rows share is looked up once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.seed = manifest.provenance["config"]["seed"]
+        self.newest = manifest.tasks.sort("stage")["task"].to_list()[-1:]
+        self.previous = manifest.tasks.filter(pl.col("quota").is_not_null())
+        self.frequency = {t: (n, N) for t, n, N in manifest.tags.select("canonical", "count", "pool").iter_rows()}
+        self.insinfo = dict(manifest.instructions.group_by("task").agg(pl.col("insinfo").sum()).iter_rows())
+
+    def current(self, task: Row) -> str:
+        """Of a row of the newest task."""
+        return f"Why: it belongs to the newest task, and all {task['rows']:,} of its rows are trained on."
+
+    def task(self, task: Row) -> Iterator[str]:
+        """The task's distance, share and grant."""
+        replay = self.manifest.provenance["replay"]
+        yield f"Selector {replay['selector']}: {replay['about']}."
+        if task["distance"] is not None:
+            place = (self.previous["distance"] > task["distance"]).sum() + 1
+            bound = f" ± {task['distance_bound']:.4f}" if task["distance_bound"] else ""
+            yield (
+                f"Task: {task['task']!r} is {task['distance']:.4f}{bound} from {self.newest[0]!r} (number {place} of "
+                f"{self.previous.height} by distance); all distances add up to {self.previous['distance'].sum():.4f}."
+            )
+        why = f" ({task['reason']})" if task["reason"] else ""
+        yield (
+            f"Quota: a share of {task['share']:.2f} of {replay['asked']} rows, rounded to {task['quota']}; "
+            f"{task['granted']} granted{why}."
+        )
+
+    def instruction(self, instruction: Row) -> Iterator[str]:
+        """The instruction's tags with their frequencies, and its InsInfo."""
+        if instruction["insinfo"] is None:
+            yield f"Instruction: {instruction['rows']} rows carry it; this selector does not score instructions."
+            return
+        pairs = [(tag, *self.frequency[tag]) for tag in instruction["tags"] or []]
+        terms = [f"{tag} log({pool}/{n}) = {math.log(pool / n):.2f}" for tag, n, pool in pairs]
+        yield f"Tags: {'; '.join(terms)}." if terms else "Tags: none, so it tells nothing."
+        yield (
+            f"InsInfo: {instruction['insinfo']:.4f} nats of {self.insinfo[instruction['task']]:.4f} in the task; quota "
+            f"{instruction['quota']} of its {instruction['rows']} rows."
+        )
+
+    def draw(self, sample: Row, task: Row, instruction: Row) -> Iterator[str]:
+        """The draw of a replayed row, and the loss that the selector went by."""
+        if sample["loss"] is None:
+            yield (
+                f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
+                f"(seed {self.seed}); this is one of them."
+            )
+            return
+        yield f"Draw: the {task['granted']} of the task's {task['rows']} rows that score highest; this is one of them."
+        ratio = ""
+        if sample["reference_loss"] is not None:
+            value = math.exp(min(sample["loss"] - sample["reference_loss"], 700.0))
+            ratio = f", {sample['reference_loss']:.4f} under the reference: a perplexity ratio of {value:.3f}"
+        yield f"Loss: {sample['loss']:.4f} nats a token under the policy{ratio}."
 
 
-def _policy(m: Manifest, sample: dict[str, Any]) -> Iterator[str]:
+def _policy(m: Manifest, sample: Row) -> Iterator[str]:
     """What the policy made of the row: whose answer it carries, its rollouts and their buckets, its rewrites."""
     rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
     if sample["written_by"] == "policy":
@@ -120,11 +163,14 @@ def _rewrite(m: Manifest, uid: str) -> Iterator[str]:
     row = m.augmentations.filter(uid=uid).sort("kept", "template", descending=[True, False]).row(0, named=True)
     yield _excerpt("rewrite", row["prompt"][-1]["content"])
     yield _excerpt("answer", row["completion"][0]["content"])
+    yield decision(row, m.provenance["augment"]["theta"])
+
+
+def decision(row: Row, theta: float) -> str:
+    """Why a rewrite is in the set, or why not; `row` is of the table `augmentations`."""
     if row["fault"] is not None:
-        yield f"Why: {row['fault']} (template {row['template']!r})."
-        return
-    theta = m.provenance["augment"]["theta"]
-    yield (
+        return f"Why: {row['fault']} (template {row['template']!r})."
+    return (
         f"Why: template {row['template']!r}; MI(x, x̂) = {row['mi_input']:.4f}, MI(y, ŷ) = {row['mi_output']:.4f}, "
         f"their product {row['score']:.4f} is {'above' if row['kept'] else 'not above'} θ = {theta:g}."
     )
@@ -134,8 +180,8 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
-    task = m.tasks.filter(task=drop["task"]).row(0, named=True)
+def _out(m: Manifest, drop: Row) -> Iterator[str]:
+    task, story = m.tasks.filter(task=drop["task"]).row(0, named=True), Story(m)
     if drop["step"] == "augment":
         yield f"{drop['uid']} is not in the set: a rewrite by the policy, task {drop['task']!r}."
         yield from _rewrite(m, drop["uid"])
@@ -152,8 +198,8 @@ def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
         return
     instruction = found.row(0, named=True)
     yield _excerpt("instruction", instruction["instruction"])
-    yield from _task(m, task)
-    yield from _instruction(m, instruction)
+    yield from story.task(task)
+    yield from story.instruction(instruction)
     if m.provenance["config"]["replay"]["selector"] in ("highest_loss", "perplexity_ratio"):
         lowest = f"it scores {_number(drop['score'])}" if drop["score"] is not None else "it could not be measured"
         yield f"Draw: the {task['granted']} rows of the task that score highest were taken; {lowest}."
@@ -165,41 +211,6 @@ def _out(m: Manifest, drop: dict[str, Any]) -> Iterator[str]:
             f"Draw: {instruction['granted']} of the instruction's {instruction['rows']} rows were taken "
             f"(seed {m.provenance['config']['seed']}); this one was not."
         )
-
-
-def _task(m: Manifest, task: dict[str, Any]) -> Iterator[str]:
-    """The task's distance, share and grant."""
-    replay, previous = m.provenance["replay"], m.tasks.filter(pl.col("quota").is_not_null())
-    yield f"Selector {replay['selector']}: {replay['about']}."
-    current = m.tasks.sort("stage")["task"][-1]
-    if task["distance"] is not None:
-        place = (previous["distance"] > task["distance"]).sum() + 1
-        bound = f" ± {task['distance_bound']:.4f}" if task["distance_bound"] else ""
-        yield (
-            f"Task: {task['task']!r} is {task['distance']:.4f}{bound} from {current!r} (number {place} of "
-            f"{previous.height} by distance); all distances add up to {previous['distance'].sum():.4f}."
-        )
-    why = f" ({task['reason']})" if task["reason"] else ""
-    yield (
-        f"Quota: a share of {task['share']:.2f} of {replay['asked']} rows, rounded to {task['quota']}; "
-        f"{task['granted']} granted{why}."
-    )
-
-
-def _instruction(m: Manifest, instruction: dict[str, Any]) -> Iterator[str]:
-    """The instruction's tags with their frequencies, and its InsInfo."""
-    if instruction["insinfo"] is None:
-        yield f"Instruction: {instruction['rows']} rows carry it; this selector does not score instructions."
-        return
-    tags = instruction["tags"] or []
-    table = {t: (n, pool) for t, n, pool in m.tags.select("canonical", "count", "pool").iter_rows()}
-    terms = [f"{t} log({table[t][1]}/{table[t][0]}) = {math.log(table[t][1] / table[t][0]):.2f}" for t in tags]
-    total = m.instructions.filter(task=instruction["task"])["insinfo"].sum()
-    yield f"Tags: {'; '.join(terms)}." if terms else "Tags: none, so it tells nothing."
-    yield (
-        f"InsInfo: {instruction['insinfo']:.4f} nats of {total:.4f} in the task; quota {instruction['quota']} of its "
-        f"{instruction['rows']} rows."
-    )
 
 
 def _excerpt(name: str, text: str) -> str:

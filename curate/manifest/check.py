@@ -202,6 +202,14 @@ def _inputs(m: Manifest) -> Iterator[str]:
                 yield f"task {task!r}: the tables have {key} {number}, provenance.json says {said.get(key)}"
 
 
+def _map(m: Manifest) -> Iterator[str]:
+    """A place on the map has both coordinates, and either every instruction has one or none has."""
+    for uid in m.instructions.filter(pl.col("x").is_null() != pl.col("y").is_null())["uid"]:
+        yield f"instructions.parquet: uid {uid}: one of its coordinates x, y is null"
+    if 0 < (n := m.instructions["x"].null_count()) < m.instructions.height:
+        yield f"instructions.parquet: column 'x' is null for {n} of {m.instructions.height} instructions"
+
+
 def _nothing_lost(m: Manifest) -> Iterator[str]:
     """Each usable row of a task is in samples or was left out by the draw; no uid is in both."""
     kept = dict(m.samples.filter(pl.col("origin") != "augmented").group_by("task").len().iter_rows())
@@ -272,7 +280,7 @@ def _scores(m: Manifest) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _stream, _rows_belong, _uids, _quotas, _counts, _inputs, _nothing_lost, _lineage, _scores, *POLICY_RULES
+    _stream, _rows_belong, _uids, _quotas, _counts, _inputs, _map, _nothing_lost, _lineage, _scores, *POLICY_RULES
 )  # fmt: skip
 PART_RULES: tuple[Rule, ...] = (_uids, tokens, buckets)
 """Of what training leaves behind (`part.py`): its tables of sources, draws and scores are empty."""

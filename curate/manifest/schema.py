@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-SCHEMA_VERSION = "1.1"  # major.minor: a reader accepts its own major version, whatever the minor
+SCHEMA_VERSION = "1.2"  # major.minor: a reader accepts its own major version, whatever the minor
 
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String})
 """One message of a conversation. The layout that TRL and transformers call conversational."""
@@ -298,6 +298,12 @@ INSTRUCTIONS = Table(
         "insinfo": Column(pl.Float64, "Σ_t log(N/f_t) in nats", null="not scored"),
         "quota": Column(pl.Int64, "rows asked of it by the draw", null="the current task"),
         "granted": Column(pl.Int64, "rows drawn", null="the current task"),
+        "x": Column(
+            pl.Float32,
+            "place on the map of the stream: first principal component of all its instruction embeddings, 4 decimals",
+            null="the selector needs no embeddings of instructions",
+        ),
+        "y": Column(pl.Float32, "second principal component", null="as `x`"),
     },
     key=("uid",),
     sizes=("stage", "rows", "insinfo", "quota", "granted"),
