@@ -12,55 +12,107 @@ from typing import Any
 import polars as pl
 
 from curate.manifest.card_policy import policy_sections
-from curate.manifest.markdown import code, escape, real, table
-from curate.manifest.schema import TABLES
+from curate.manifest.card_terms import citation, considerations, licences
+from curate.manifest.licences import hub_ids
+from curate.manifest.markdown import code, escape, printable, real, table
+from curate.manifest.schema import MESSAGE, TABLES, Table
 
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+SIZES = (
+    (1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"), (10**9, "100M<n<1B"),
+)  # fmt: skip
+
+USES = """\
+For fine-tuning a language model on the newest task without losing the older ones, and for asking why each row is here.
+`samples` is in the conversational prompt–completion layout:
+
+```python
+from datasets import load_dataset
+
+samples = load_dataset("PATH/OF/THIS/FOLDER", "samples", split="train")
+```
+
+Not for evaluation: the rows were drawn to be trained on, and their numbers are not those of the sources."""
 
 
 def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
     """The whole card as Markdown."""
     config = provenance["config"]
     parts = [
-        _front_matter(frames, config["name"]),
+        _front_matter(frames, provenance),
         f"# {escape(config['name'])}",
         _summary(frames, provenance),
+        "## Uses",
+        USES,
         "## The stream",
         _stream(frames["tasks"]),
+        "## Structure",
+        _structure(frames),
         "## How rows were chosen",
         _method(frames, provenance),
         *policy_sections(frames, provenance),
-        "## Licences",
-        _licences(frames["samples"]),
         "## What was left out",
         _left_out(frames["drops"]),
-        "## Files",
-        _files(),
-        "## How to make it again",
+        "## Considerations",
+        considerations(frames, provenance),
+        "## Licences",
+        licences(frames["samples"]),
+        "## Provenance",
         _again(provenance),
+        "## Citation",
+        citation(frames, provenance),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(frames: Mapping[str, pl.DataFrame], name: str) -> str:
-    # json.dumps gives a valid YAML string whatever the name holds
-    lines = [
-        "---",
-        f"pretty_name: {json.dumps(name).replace(chr(127), ' ')}",
-        "tags:",
-        "- replay",
-        "- continual-learning",
-    ]
-    lines += [f"size_categories:\n- {_size(frames['samples'].height)}", "configs:"]
+def _front_matter(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+    """The YAML block of the hub's conventions: what tables and provenance know, and nothing that they do not.
+
+    The language is not among it. JSON is YAML, so a name of the data is quoted as JSON.
+    """
+    samples, completions = frames["samples"], frames["completions"]
+    names = sorted({name for name in samples["license"] if name is not None})
+    ids = sorted({each for name in samples["license"].unique() for each in hub_ids(name)})
+    written = samples["written_by"].eq_missing("policy").any() or completions["origin"].eq_missing("policy").any()
+    judged = bool(frames["tags"].height) or completions["bucket"].is_not_null().any()
+    hubs = {n.removeprefix("hub:").split("@")[0] for i in provenance["inputs"] for n in i["files"] if n[:4] == "hub:"}
+    facts: dict[str, Any] = {"pretty_name": provenance["config"]["name"]}
+    if ids:
+        facts["license"] = ids[0] if len(ids) == 1 else ids
+    if "other" in ids:
+        facts |= {"license_name": "as-stated-by-the-sources", "license_details": "; ".join(names)}
+    facts |= {
+        "annotations_creators": ["found", "machine-generated"] if judged else ["found"],
+        "language_creators": ["found", "machine-generated"] if written else ["found"],
+        "size_categories": [_size(samples.height)],
+        **({"source_datasets": [f"extended|{name}" for name in sorted(hubs)]} if hubs else {}),
+        "task_categories": ["text-generation"],
+        "tags": ["continual-learning", "replay", "instruction-tuning", *_kinds(completions)],
+    }
+    lines = [f"{key}: {_quoted(value)}" for key, value in facts.items()] + ["configs:"]
     for each in TABLES.values():
         if frames[each.name].height:
             lines += [f"- config_name: {each.name}", f"  data_files: {each.file}"]
             lines += ["  default: true"] if each.name == "samples" else []
-    return "\n".join([*lines, "---"])
+    return "\n".join(["---", *lines, "---"])
+
+
+def _kinds(completions: pl.DataFrame) -> list[str]:
+    found = [
+        ("preference", completions["rank"].is_not_null().any()),
+        ("rollouts", (completions["origin"] == "policy").any()),
+    ]
+    return [name for name, there in found if there]
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_quoted, value)) + "]"
+    return json.dumps(printable(value), ensure_ascii=False)
 
 
 def _size(n: int) -> str:
-    return next((name for limit, name in SIZES if n < limit), "n>1M")
+    return next((name for limit, name in SIZES if n < limit), "n>1B")
 
 
 def _summary(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
@@ -113,12 +165,6 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
     return "\n".join(lines)
 
 
-def _licences(samples: pl.DataFrame) -> str:
-    counts = samples.group_by("license").len().sort(["len", "license"], descending=[True, False], nulls_last=True)
-    rows = [["not stated" if name is None else escape(name), n] for name, n in counts.iter_rows()]
-    return table(["licence as the source states it", "rows"], rows)
-
-
 def _left_out(drops: pl.DataFrame) -> str:
     if not drops.height:
         return "Nothing: every source row is in `samples.parquet`."
@@ -127,9 +173,26 @@ def _left_out(drops: pl.DataFrame) -> str:
     return table(["step", "reason", "rows"], rows) + "\n\nEach row is in `drops.parquet`."
 
 
-def _files() -> str:
-    rows = [[f"`{t.file}`", f"one {t.row} a row", ", ".join(f"`{c}`" for c in t.columns)] for t in TABLES.values()]
-    return table(["file", "holds", "columns"], rows)
+def _structure(frames: Mapping[str, pl.DataFrame]) -> str:
+    """The files, and every column of those that have rows."""
+    rows = [[f"`{t.file}`", f"one {t.row} a row", f"{frames[t.name].height:,}"] for t in TABLES.values()]
+    parts = [table(["file", "holds", "rows"], rows)]
+    parts += ["A file is a configuration, with one split, `train`. Files without rows have none."]
+    for each in TABLES.values():
+        if frames[each.name].height:
+            parts += [f"### {each.name}", _columns(each)]
+    return "\n\n".join(parts)
+
+
+def _columns(of: Table) -> str:
+    rows = [[f"`{name}`", _type(c.dtype), escape(c.meaning), escape(c.null) or None] for name, c in of.columns.items()]
+    return table(["column", "type", "meaning", "null means"], rows)
+
+
+def _type(dtype: Any) -> str:
+    if isinstance(dtype, pl.List):
+        return "list of " + ("messages" if dtype == pl.List(MESSAGE) else _type(dtype.inner))
+    return str(dtype).lower()
 
 
 def _again(provenance: Mapping[str, Any]) -> str:

@@ -17,13 +17,16 @@ def real(value: float | None, digits: int = 4) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
+def printable(text: str) -> str:
+    """Text of the data as one line without control and direction characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
 def code(text: str) -> str:
     """Text of the data as a code span, in which Markdown decodes nothing."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-    return "`" + line.replace("`", "'").replace("|", "¦") + "`"
+    return "`" + printable(text).replace("`", "'").replace("|", "¦") + "`"
 
 
 def escape(text: str) -> str:
     """Text of the data, harmless in Markdown and in the HTML that it becomes."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))  # no control or bidi characters
-    return "".join(f"&#{ord(c)};" if c in "&<>|`[]()!*_\\~#" else c for c in text)
+    return "".join(f"&#{ord(c)};" if c in "&<>|`[]()!*_\\~#" else c for c in printable(text))
