@@ -6,6 +6,7 @@ Its YAML front matter follows the Hugging Face conventions, so `datasets.load_da
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ def _front_matter(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, A
     if ids:
         facts["license"] = ids[0] if len(ids) == 1 else ids
     if "other" in ids:
-        facts |= {"license_name": "as-stated-by-the-sources", "license_details": "; ".join(names)}
+        facts |= {"license_name": "as-stated-by-the-sources", "license_details": "; ".join(names)[:1000]}
     facts |= {
         "annotations_creators": ["found", "machine-generated"] if judged else ["found"],
         "language_creators": ["found", "machine-generated"] if written else ["found"],
@@ -108,7 +109,8 @@ def _kinds(completions: pl.DataFrame) -> list[str]:
 def _quoted(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_quoted, value)) + "]"
-    return json.dumps(printable(value), ensure_ascii=False)
+    text = json.dumps(printable(value), ensure_ascii=False)
+    return re.sub(r"[<>\[\]()]", lambda found: f"\\u{ord(found[0]):04x}", text)  # the same text, and no markup
 
 
 def _size(n: int) -> str:

@@ -122,7 +122,7 @@ def test_hostile_text_stays_text(small):
     assert facts["pretty_name"] == shown
     assert facts["license_details"] == f"{shown}; MIT"
     assert facts["license"] == ["mit", "other"]
-    assert "<script" not in body and "](http" not in body and "\x1b" not in text and "\u202e" not in text
+    assert "<script" not in text and "](http" not in text and "\x1b" not in text and "\u202e" not in text
     line = next(line for line in body.splitlines() if "license: mit" in line and line.startswith("|"))
     assert line.count("|") == 5  # four cells, whatever the text holds
 
