@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -142,6 +142,52 @@ def refilter(
             _print(None, {"manifest": str(manifest.folder), "kept": kept, "rewrites": every}, quiet, as_json)
         elif not quiet:
             Console().print(f"{escape(str(manifest.folder))}: {kept:,} of {every:,} rewrites kept", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a manifest")],
+    to: Annotated[
+        Literal["trl-sft", "trl-dpo", "trl-prompts", "alpaca", "llamafactory", "openai"],
+        typer.Option("--to", help="format of the file"),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="the file; by default RUN.FORMAT.jsonl beside RUN")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option("--origin", help="only samples of this origin (current, replay, augmented); may be repeated"),
+    ] = None,
+    pairs: Annotated[
+        Literal["rank", "side"],
+        typer.Option("--pairs", help="trl-dpo: each best answer against each worse one, or align against conflict"),
+    ] = "rank",
+    force: Annotated[bool, typer.Option("--force", help="overwrite what is there")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a manifest's rows for another trainer, as JSONL. What the format cannot express is listed in a file beside.
+
+    Examples:
+        curate export runs/demo --to trl-sft
+
+        curate export runs/demo --to trl-dpo --pairs side --out pairs.jsonl
+
+        curate export runs/demo --to llamafactory --origin replay --origin augmented
+    """
+    with _errors():
+        from curate.export import export as written
+        from curate.manifest import read
+        from curate.manifest.schema import Origin
+        from curate.screen import export_lines
+
+        if wrong := next((each for each in origin or () if each not in list(Origin)), None):
+            raise typer.BadParameter(f"--origin {wrong}: not one of {', '.join(Origin)}")
+        done = written(read(run), to, out, origins=origin or (), pairs=pairs, force=force)
+        if as_json:
+            summary = {"file": str(done.file), "rows": done.rows, "skipped": len(done.skipped), "notes": done.notes,
+                       "skipped_file": done.skipped_file and str(done.skipped_file)}  # fmt: skip
+            _print(None, summary, quiet, as_json)
+        for line in [] if quiet or as_json else export_lines(done):
+            Console().print(line, soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import polars as pl
 from rich.console import Console
@@ -23,6 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from curate.manifest import Bucket, Manifest
+
+if TYPE_CHECKING:
+    from curate.export import Exported
 
 Advance = Callable[[int], None]
 
@@ -133,6 +137,17 @@ def policy_table(manifest: Manifest) -> Table | None:
     total = found.select(pl.col("rollouts", *buckets, "augmented").sum()).row(0, named=True)
     table.add_row("in all", *(_number(n) for n in total.values()))
     return table
+
+
+def export_lines(done: Exported) -> Iterator[Text]:
+    """What an export wrote, what it could not write and why, and what to know of it."""
+    yield Text.assemble((str(done.file), "bold"), f": {done.rows:,} rows")
+    for reason, n in sorted(Counter(each.reason for each in done.skipped).items(), key=lambda r: (-r[1], r[0])):
+        yield Text.assemble(("! ", "yellow"), f"{n:,} left out: {reason}")
+    if done.skipped_file:
+        yield Text(f"  each with its uid and reason: {done.skipped_file}")
+    for note in done.notes:
+        yield Text.assemble(("! ", "yellow"), note)
 
 
 def current_task(manifest: Manifest) -> str:
