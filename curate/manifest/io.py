@@ -18,6 +18,7 @@ from typing import Any
 
 import polars as pl
 
+from curate.manifest import show
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError, Table
 
 PROVENANCE = "provenance.json"
@@ -40,9 +41,11 @@ class Manifest:
     provenance: dict[str, Any]
 
     def __repr__(self) -> str:
-        origins = dict(self.samples.group_by("origin").len().sort("origin").iter_rows())
-        held = ", ".join(f"{n:,} {origin}" for origin, n in origins.items()) or "no samples"
-        return f"Manifest({str(self.folder)!r}: {self.tasks.height} tasks, {held})"
+        return show.line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return show.html(self)
 
 
 def sha256_file(path: Path) -> str:
