@@ -33,13 +33,14 @@ from curate.ingest import VERSION as READ_VERSION
 from curate.ingest import Task, TaskRows, ingest, row_texts
 from curate.losses import losses, pairs
 from curate.manifest import Manifest, ManifestError, read, write
-from curate.manifest.io import read_provenance
+from curate.manifest.io import REPORT, read_provenance
 from curate.manifest.licences import warning
 from curate.manifest.schema import SCHEMA_VERSION
 from curate.map import coordinates
 from curate.models import Embedder, open_embedder, open_generator, open_reward
 from curate.policy import PolicyStages, PolicyWork, usage
 from curate.readers import SourceId, identify, time_blocks
+from curate.report import is_current, write_report
 from curate.sample import SELECTORS
 from curate.screen import Advance, Screen, Silent
 from curate.store import Store, key_of
@@ -90,7 +91,9 @@ class Build:
             asked = self.budget(tasks)
             key, made = self.select(tasks, asked)
             work = self.ask_policy(tasks, made)
-            return self.publish(tasks, sources, asked, key, made, work)
+            manifest = self.publish(tasks, sources, asked, key, made, work)
+            self.report(manifest)
+            return manifest
 
     def check_models(self) -> None:
         """A model that cannot be used is found out before the first row is read."""
@@ -428,6 +431,15 @@ class Build:
         if restricted := warning(manifest.samples):
             self.screen.note(restricted)
         return manifest
+
+    def report(self, manifest: Manifest) -> None:
+        """Stage report: the page, unless the one of this manifest lies there already."""
+        if is_current(manifest):
+            self.screen.cached("report", REPORT)
+            return
+        with self.screen.stage("report", None, "rows") as advance:
+            write_report(manifest)
+            advance(manifest.samples.height)
 
     def map(self, tasks: list[TaskRows]) -> tuple[pl.DataFrame, list[float]]:
         """Each instruction's place on the map of the stream, and the share of the variance that both axes hold."""

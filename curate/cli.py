@@ -191,6 +191,29 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a manifest, or of a phase of reinforcement learning")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[out=FILE]", help="where the page goes")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make report.html: what the model will forget, what was picked, and why each row. One file that opens offline.
+
+    Every build makes it in its folder; this makes it of any manifest, older ones too.
+
+    Examples:
+        curate report runs/demo
+
+        curate report runs/cppo/rollouts/phase-00000 out=phase-0.html
+    """
+    with _errors():
+        from curate.report import report as make
+
+        path = make(run, _settings(settings or [], ("out",)).get("out"))
+        if not quiet:
+            Console().print(f"page: [bold]{escape(str(path))}[/]", soft_wrap=True)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="folder of a manifest")],
     uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],

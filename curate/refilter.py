@@ -14,6 +14,7 @@ from curate.folder import locked
 from curate.manifest import Manifest, read, write
 from curate.manifest.card import card
 from curate.manifest.schema import TABLES, content_hash
+from curate.report import write_report
 
 DERIVED = ("schema_version", "rows", "outputs")  # what `write` adds to a provenance
 
@@ -44,7 +45,9 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
     with locked(target, None, {}):
         frames, provenance = _decided(manifest, float(theta))
         write(target, frames, provenance, card(frames, provenance))
-    return read(target)
+        moved = read(target)
+        write_report(moved)
+    return moved
 
 
 def _decided(manifest: Manifest, theta: float) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -23,6 +23,7 @@ from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError, Table
 
 PROVENANCE = "provenance.json"
 CARD = "README.md"
+REPORT = "report.html"  # a view of the manifest, no part of it: made after it, and not hashed
 STAGING = ".staging"
 
 
@@ -206,7 +207,8 @@ def write(folder: Path, frames: Mapping[str, pl.DataFrame], provenance: Mapping[
         (staging / PROVENANCE).write_text(text, encoding="utf-8")
         for name in [*names, PROVENANCE]:
             sync(staging / name)
-        (folder / PROVENANCE).unlink(missing_ok=True)
+        for name in (PROVENANCE, REPORT):
+            (folder / name).unlink(missing_ok=True)
         for name in [*names, PROVENANCE]:
             os.replace(staging / name, folder / name)
         sync(folder)

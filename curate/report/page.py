@@ -1,0 +1,99 @@
+"""The page: its data as JSON, its style and scripts, and the policy that lets nothing else run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from curate.manifest import Manifest
+from curate.manifest.schema import content_hash
+from curate.report import stream, summary
+from curate.report.buckets import buckets
+from curate.report.parts import short
+from curate.report.rewrites import augmentations
+from curate.report.rows import rows, to_json
+from curate.report.tags import tags
+
+VERSION = 1
+SHOWN = ("augment", "buckets", "config", "map", "part", "replay", "schema_version")  # of the provenance
+
+
+def key_of(manifest: Manifest) -> str:
+    """Names what the page shows, and the code that shows it."""
+    shown = {name: manifest.provenance.get(name) for name in (*SHOWN, "outputs")}
+    return content_hash(["report", VERSION, version("plotly"), _own("page.js"), _own("page.css"), shown])
+
+
+def mark(key: str) -> str:
+    """Where the page carries its key."""
+    return f'<meta name="rehearse-report" content="{key}">'
+
+
+def contents(m: Manifest) -> dict[str, Any]:
+    """All that the page says, as JSON values."""
+    held = rows(m)
+    places = {row["uid"]: i for i, row in enumerate(held["rows"])}
+    part = "part" in m.provenance  # without quotas, tags and drops of its own
+    sections = [] if part else [stream.stream(m), stream.quotas(m), tags(m), stream.drawn(m), augmentations(m)]
+    sections.append(buckets(m, places))
+    return {
+        "name": short(m.provenance["config"].get("name") or "manifest", 80),
+        "tiles": summary.tiles(m), "says": summary.sentences(m),
+        "sections": [asdict(section) for section in sections], "samples": held,
+        "note": f"Written by rehearse {m.provenance.get('rehearse', '')} from a manifest of schema "
+                f"{m.provenance['schema_version']}. README.md is its data card; provenance.json says how it was made.",
+    }  # fmt: skip
+
+
+def page(manifest: Manifest) -> str:
+    """The whole page."""
+    data = contents(manifest)
+    code, plotly, style = _own("page.js"), _plotly(), _own("page.css")
+    policy = (
+        f"default-src 'none'; script-src {_hash(code)} {_hash(plotly)}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{mark(key_of(manifest))}
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(data["name"])} – Rehearse</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#samples">Skip to the samples</a>
+<div id="page"></div>
+<noscript><p>This page draws itself with its own scripts; README.md beside it says the essential as text.</p></noscript>
+<script type="application/json" id="data">{to_json(data)}</script>
+<script>{code}</script>
+<script>{plotly}</script>
+</body>
+</html>
+"""
+
+
+def _own(name: str) -> str:
+    return (files("curate.report") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """The plotting library, from the installed package."""
+    text = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    assert "</script" not in text.lower()
+    return text
+
+
+def _hash(code: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() + "'"
