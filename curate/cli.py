@@ -214,6 +214,41 @@ def report(
 
 
 @app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="RUN", help="folder of the older manifest")],
+    b: Annotated[Path, typer.Argument(metavar="RUN", help="folder of the newer one")],
+    html: Annotated[Path | None, typer.Option("--html", help="write a page that opens offline")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the page that is there")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what changed between two builds: rows out and in, and why; settings, quotas, buckets.
+
+    Examples:
+        curate diff runs/superni runs/other
+
+        curate diff runs/superni runs/other --html diff.html
+    """
+    with _errors():
+        from curate.diff import diff as compared
+        from curate.diff_view import page, screen
+        from curate.files import refuse_existing, replace_text
+        from curate.manifest import read
+
+        if html:
+            refuse_existing(html, force, "--html")
+        found = compared(read(a), read(b))
+        if html:
+            replace_text(html, page(found))
+        if as_json:
+            _print(None, found.to_dict(), quiet, as_json)
+        for part in [] if quiet or as_json else screen(found):
+            _print(part, {}, quiet, as_json)
+        if html and not (quiet or as_json):
+            Console().print(f"page: [bold]{escape(str(html))}[/]", soft_wrap=True)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="folder of a manifest")],
     uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],

@@ -19,8 +19,8 @@ import polars as pl
 from curate.errors import InputError
 from curate.export import chat, trl
 from curate.export.base import Row, Skipped
+from curate.files import refuse_existing, replace_text
 from curate.manifest import Manifest
-from curate.manifest.io import sync
 
 Rows = Iterator[Row | Skipped]
 INFO = "dataset_info.json"  # where LLaMA-Factory looks data sets up
@@ -98,22 +98,19 @@ def export(
     if file.resolve().is_relative_to(run):
         raise InputError(f"{file}: lies inside the manifest", remedy="choose another place with --out")
     for path in (file, left_out):
-        if path.is_dir() or (path.exists() and not force):
-            raise InputError(f"{path}: is there already",
-                             remedy="move it away, add --force, or choose another place with --out")  # fmt: skip
+        refuse_existing(path, force)
     known = _known(file, force) if to == "llamafactory" else None
     rows, skipped = list[Row](), list[Skipped]()
     for each in rows_of(manifest, to, origins=origins, pairs=pairs):
         skipped.append(each) if isinstance(each, Skipped) else rows.append(each)
     if not rows:
         raise _nothing(manifest, to, pairs, skipped, origins)
-    file.parent.mkdir(parents=True, exist_ok=True)
     left_out.unlink(missing_ok=True)
     if skipped:
         _write(left_out, map(vars, skipped))
     if known is not None:
         text = json.dumps(known | {_name(file): chat.dataset_info(file.name)}, indent=2, ensure_ascii=False)
-        _replace(file.with_name(INFO), text + "\n")
+        replace_text(file.with_name(INFO), text + "\n")
     _write(file, rows)
     return Exported(file, len(rows), skipped, left_out if skipped else None, _notes(manifest, to, rows))
 
@@ -166,15 +163,4 @@ def _notes(manifest: Manifest, to: str, rows: list[Row]) -> list[str]:
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text beside its place, then rename it there."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        half.write_text(text, encoding="utf-8")
-        sync(half)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
