@@ -29,6 +29,10 @@ class Section:
     rows: Sequence[Sequence[Any]]
     note: str = ""
 
+    def numeric(self) -> list[bool]:
+        """For each column: it holds numbers alone."""
+        return [all(isinstance(row[i], int | float | None) for row in self.rows) for i in range(len(self.header))]
+
 
 def summary(diff: Diff) -> str:
     """The counts, which add up."""
@@ -94,8 +98,7 @@ def screen(diff: Diff) -> Iterator[Text | Table]:
     for section in sections(diff):
         yield Text(f"\n{section.title}", style="bold")
         table = Table(caption=section.note or None, caption_justify="left")
-        for place, name in enumerate(section.header):
-            numbers = all(isinstance(row[place], int | float | None) for row in section.rows)
+        for name, numbers in zip(section.header, section.numeric(), strict=True):
             table.add_column(name, justify="right" if numbers else "left", overflow="fold")
         for row in section.rows:
             table.add_row(*(Text(_cell(value)) for value in row))
@@ -117,9 +120,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .25rem .7rem .25rem 0; }
-th { text-align: left; } td { vertical-align: top; overflow-wrap: anywhere; min-width: 3rem; }
-td.number { text-align: right; overflow-wrap: normal; }
-code { font-size: .9em; }
+th { text-align: left; } td { vertical-align: top; overflow-wrap: break-word; max-width: 36rem; }
+th.number, td.number { text-align: right; white-space: nowrap; }
 """
 
 
@@ -151,19 +153,18 @@ def _listed(diff: Diff) -> Iterator[Section]:
 
 
 def _section(section: Section) -> str:
-    head = "".join(f'<th scope="col">{_html(name)}</th>' for name in section.header)
-    body = "\n".join("<tr>" + "".join(map(_td, row)) + "</tr>" for row in section.rows)
+    kinds = [' class="number"' if numbers else "" for numbers in section.numeric()]
+    head = "".join(f'<th scope="col"{k}>{_html(name)}</th>' for name, k in zip(section.header, kinds, strict=True))
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{k}>{_html(_cell(v))}</td>" for v, k in zip(row, kinds, strict=True)) + "</tr>"
+        for row in section.rows
+    )
     note = f"<p>{_html(section.note)}</p>\n" if section.note else ""
     return (
         f'<h2>{_html(section.title)}</h2>\n{note}<div class="wide" tabindex="0" role="region" '
         f'aria-label="{_html(section.title)}"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
     )
-
-
-def _td(value: Any) -> str:
-    number = ' class="number"' if isinstance(value, int | float) else ""
-    return f"<td{number}>{_html(_cell(value))}</td>"
 
 
 def _html(text: str) -> str:
