@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from curate.build import build
-from train.config import CftConfig, CppoConfig, load
+from train.config import CftConfig, CppoConfig
 from train.evaluate import EvalConfig, evaluate
 from train.fisher import FisherConfig, fisher
 from train.run import run
+from train.settings import load
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("sentiment_analysis", "detection")
@@ -76,9 +77,9 @@ def train_arm(arm: str, folder: Path, start: str, seed: int, steps: int) -> tupl
     for stage in (1, 2):
         out = folder / f"{arm}-{stage}"
         words = [f"model={found[-1]}", f"data={folder / f'stage-{stage}'}", f"out={out}", f"seed={seed}",
-                 f"max_steps={steps}", "per_device_train_batch_size=32", "save_strategy=no", "learning_rate=3e-5",
+                 f"max_steps={steps}", "per_device_train_batch_size=64", "save_strategy=no", "learning_rate=3e-4",
                  "lr_scheduler_type=constant", "reward=exact", "too_long=drop", "logging_steps=1", "kl.most=1e6",
-                 "rollouts={prompts: 32, k: 2, max_new_tokens: 6, passes: 2}", *ARMS[arm]]  # fmt: skip
+                 "rollouts={prompts: 16, k: 4, max_new_tokens: 6, passes: 2}", "kl.coef=0.02", *ARMS[arm]]  # fmt: skip
         if stage == 2:
             words.append(f"mixture={{current: {0.8 if arm == 'ppo-replay' else 1}, "
                          f"replay: {0.2 if arm == 'ppo-replay' else 0}}}")  # fmt: skip
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=str(ROOT / "examples/starter"))
     parser.add_argument("--arms", default=",".join(ARMS))
-    for name, value in (("seeds", 3), ("first", 0), ("steps", 60)):
+    for name, value in (("seeds", 3), ("first", 0), ("steps", 80)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     from transformers import AutoTokenizer

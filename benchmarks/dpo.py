@@ -31,8 +31,9 @@ from trl import DPOConfig as PeerConfig
 from trl import DPOTrainer
 
 from curate.build import build
-from train.config import DpoConfig, load
+from train.config import DpoConfig
 from train.run import run
+from train.settings import load
 from train.trainer import RehearseTrainer
 
 ROOT = Path(__file__).parent.parent

@@ -31,8 +31,9 @@ from trl import GRPOTrainer
 
 from curate.build import build
 from curate.manifest import read
-from train.config import GrpoConfig, load
+from train.config import GrpoConfig
 from train.run import run
+from train.settings import load
 from train.trainer import RehearseTrainer
 
 ROOT = Path(__file__).parent.parent

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from curate.build import build
-from train.config import CftConfig, CoprConfig, DpoConfig, load
+from train.config import CftConfig, CoprConfig, DpoConfig
 from train.evaluate import EvalConfig, evaluate
 from train.run import run
+from train.settings import load
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("long_form_qa", "harmless", "instructions")

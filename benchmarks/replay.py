@@ -17,8 +17,9 @@ import tempfile
 from pathlib import Path
 
 from curate.build import build
-from train.config import CftConfig, load
+from train.config import CftConfig
 from train.run import run
+from train.settings import load
 
 ROOT = Path(__file__).parent.parent
 ARMS = {"with replay": "{current: 0.5, replay: 0.5, augmented: 0}", "without": "{current: 1, replay: 0, augmented: 0}"}

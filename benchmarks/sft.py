@@ -30,9 +30,10 @@ from trl import SFTConfig, SFTTrainer
 
 from curate.build import build
 from curate.manifest import read
-from train.config import CftConfig, load
+from train.config import CftConfig
 from train.data import Examples
 from train.run import run
+from train.settings import load
 from train.trainer import RehearseTrainer
 
 ROOT = Path(__file__).parent.parent

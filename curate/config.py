@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from curate.settings import Section, checked, read_settings
+from curate.settings import FUNCTION, Section, checked, read_settings
 
 Format = Literal["superni", "alpaca", "chat", "preference", "ranked", "text"]
 Selector = Literal[
@@ -199,7 +199,7 @@ class RewardConfig(Section):
     model: str | None = Field(None, description="model only: folder or hub name; one output (num_labels 1)")
     function: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=FUNCTION,
         description="python only: package.module:function(prompts, completions, references) -> list of numbers",
     )
     retries: int = Field(

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from curate.errors import InputError
 
+FUNCTION = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+"""`package.module:function`, where a user names one."""
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused."""

@@ -102,7 +102,7 @@ def settings(
 
     Example: train settings copr
     """
-    from train.config import described
+    from train.settings import described
 
     try:
         rows = described(method)
@@ -173,8 +173,8 @@ def _checked(words: list[str] | None) -> list[str]:
 
 def _train(name: str, config: Path | None, settings: list[str] | None, quiet: bool) -> None:
     with _errors():
-        from train.config import load
         from train.run import CONFIGS, run
+        from train.settings import load
 
         ours, theirs = load(CONFIGS[name], config, _checked(settings))
         model = run(name, ours, theirs, quiet)

@@ -6,18 +6,20 @@ FSDP2 is asked for by accelerate's environment or by TrainingArguments' `fsdp`. 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import DistributedType, PartialState  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import strtobool
 
 from curate.errors import InputError
+
+Found = TypeVar("Found")
 
 
 def sharded(arguments: Any) -> bool:
@@ -89,6 +91,41 @@ class Whole:
         """Names and whole tensors of the parameters that are trained."""
         for name, p in self._trained.items():
             yield name, p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def together(work: Callable[[], Found]) -> list[Found]:
+    """What `work` gives in each process, in their order; it must fit into the memory of each.
+
+    Raises:
+        InputError: of the first process where it is raised, in all of them: none waits for another that has stopped.
+    """
+    try:
+        own: tuple[Any, str | None] = (work(), None)
+    except InputError as error:
+        if not distributed.is_initialized():
+            raise
+        own = (None, str(error))
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [own[0]]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, own)
+    for _, said in every:
+        if said is not None:
+            raise InputError(said)
+    return [found for found, _ in every]
+
+
+def share(n: int) -> slice:
+    """Which of n things are this process's: shares of like size, in order."""
+    if not distributed.is_initialized():
+        return slice(0, n)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def compile_layers(model: nn.Module, backend: str | None, mode: str | None) -> None:

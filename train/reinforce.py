@@ -18,17 +18,20 @@ from torch import nn
 
 from curate.errors import InputError
 from curate.manifest import Manifest, Rule, read
-from curate.models import EmbedConfig, Sampling, open_embedder, open_reward
+from curate.models import EmbedConfig, Sampling, ServerModel, open_embedder, open_function, open_reward
 from train.config import CppoConfig
 from train.data import Examples, check_fingerprints
+from train.layout import Layout
 from train.logprobs import AdapterOff
 from train.methods.cppo import Cppo
-from train.models import check_vocabulary, open_model, read_fishers
+from train.models import check_vocabulary, end_tokens, open_model, read_fishers
 from train.phases import Phases
 from train.prefix import Cost, shares_prefixes
-from train.rollouts import Layout, Rollouts, stored
+from train.rollouts import FOLDER, Rollouts, stored
+from train.server import Server
 from train.sets import LISTED
 
+REQUESTS = ".requests"  # what a server has answered, so that a run that goes on does not ask again
 VALUE = "value.safetensors"  # the head's weights, beside the final model
 
 
@@ -87,7 +90,7 @@ def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | N
 
 def cppo_of(
     config: CppoConfig, stage: Prompts, phases: Phases, model: Any, tokenizer: Any, device: torch.device, seed: int,
-    say: Callable[[str], None],
+    say: Callable[[str], None], lockstep: bool = False,
 ) -> Cppo:  # fmt: skip
     """The method of a run.
 
@@ -107,8 +110,9 @@ def cppo_of(
         phases=phases, manifest=stage.manifest, examples=stage.rows, tokenizer=tokenizer,
         sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=reward,
         reward_id=reward.fingerprint, rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
-        out=Path(config.out), batch_size=of.batch_size, name="policy in training", offline=of.offline,
-        layout=_layout(stage, model, of.max_new_tokens),
+        out=Path(config.out), batch_size=of.batch_size, offline=of.offline,
+        name=of.server.model if of.server else "policy in training",
+        layout=_layout(stage, model, of.max_new_tokens), server=_server(config, tokenizer), lockstep=lockstep,
     )  # fmt: skip
     return Cppo(
         rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,
@@ -148,6 +152,15 @@ def _value(config: CppoConfig, model: Any, device: Any) -> tuple[nn.Module, Any]
             raise InputError(f"value.head {path}: no value head of {width} numbers: {str(error)[:200]}",
                              remedy=f"name the {VALUE} that an older stage of this model left") from None  # fmt: skip
     return head, critic
+
+
+def _server(config: CppoConfig, tokenizer: Any) -> Server | None:
+    of = config.rollouts
+    if of.server is None:
+        return None
+    out = Path(config.out) / FOLDER
+    sync = open_function(of.sync, Path(config.base), "rollouts.sync")[0] if of.sync else None
+    return Server(ServerModel(of.server, out / REQUESTS), tokenizer, end_tokens(config, tokenizer), out, sync)
 
 
 def _layout(stage: Prompts, model: Any, tokens: int) -> Layout:

@@ -9,10 +9,10 @@ weights) is the method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,9 +26,11 @@ from curate.manifest.schema import TABLES, completion_uid
 from curate.models import Completion, LocalModel, Prompt, Sampling
 from curate.models.local import tokenizer_fingerprint
 from train.folder import whole
+from train.layout import Layout, of_samples
 from train.logprobs import Reference, token_values
+from train.parallel import first, share, together
 from train.phases import Phases
-from train.prefix import Cost, batch_of, plan
+from train.server import Server, gap
 
 FOLDER, SAMPLES = "rollouts", "samples.safetensors"
 BUCKETS = ("high_performance", "overfitting", "high_variance", "noisy", "normal")
@@ -48,6 +50,7 @@ class Samples:
         row: [n] which example was answered; score: [n] rewards; ended: [n] 1 where the end token came.
         z_p, z_r: [n] standard scores of mean log-probability and reward over the phase.
         bucket: [n] names.
+        gap: how far a server's log-probabilities are from `logps`, nats a token; None: not known.
     """
 
     prompts: list[Any]
@@ -63,6 +66,7 @@ class Samples:
     z_p: Tensor
     z_r: Tensor
     bucket: list[str]
+    gap: float | None = None
 
     def answers(self) -> list[Any]:
         """Tokens of each answer."""
@@ -87,6 +91,9 @@ class Rollouts:
         batch_size: sequences of a forward pass.
         name: of the policy, in the manifests.
         offline: nothing is drawn or judged: the manifest's own rollouts, with the log-probabilities that they have.
+        layout: how samples share the rows of a pass.
+        server: draws the completions instead of the policy in memory.
+        lockstep: the model is sharded, so that all processes must make the same passes: each draws and measures all.
     """
 
     phases: Phases
@@ -103,7 +110,9 @@ class Rollouts:
     batch_size: int
     name: str
     offline: bool = False
-    layout: Layout = field(default_factory=lambda: Layout())
+    layout: Layout = field(default_factory=Layout)
+    server: Server | None = None
+    lockstep: bool = False
     rows: dict[str, dict[str, Any]] = field(init=False)
     stored: dict[str, list[dict[str, Any]]] = field(init=False)
 
@@ -120,41 +129,59 @@ class Rollouts:
             InputError: a reward that cannot be used, with the uid of its prompt; a full disk.
         """
         folder = self.out / FOLDER / f"phase-{number:05d}"
-        if (folder / SAMPLES).is_file():
-            return self._read(folder)
+        kept = together(lambda: self._read(folder) if first() and (folder / SAMPLES).is_file() else None)[0]
+        if kept is not None:
+            return kept
         rows, training = self.phases.rows(number).tolist(), model.training
+        uids = [self.examples.uid[int(row)] for row in rows]
         model.eval()
         try:
-            uids = [self.examples.uid[int(row)] for row in rows]
-            if self.offline:
-                kept = [each for uid in uids[:: self.sampling.k] for each in self.stored[uid][: self.sampling.k]]
-                drawn: list[Any] = [Completion(*(each[name] for name in _READ)) for each in kept]
-                scores = [each["reward"] for each in kept]
-            else:
-                drawn = self._draw(number, uids, model)
-                scores = self._judge(uids, [each.text for each in drawn])
+            drawn, scores = self._stored(uids) if self.offline else self._fresh(number, uids, model)
             found = self._measured(rows, drawn, scores, model, head, critic)
         finally:
             model.train(training)
-        with whole(folder / f".{SAMPLES}", "the same command goes on from its last checkpoint"):
-            self._write(folder, number, uids, drawn, found)
+        together(lambda: self._kept(folder, number, uids, drawn, found) if first() else None)
         return found
 
     # --- completions and rewards ---
 
-    def _draw(self, number: int, uids: Sequence[str], model: Any) -> list[Any]:
-        """A completion of each sample; the k of a prompt stand together."""
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        policy = LocalModel.around(plain, self.tokenizer, self.name, self.batch_size)
-        # a uid of its own in each phase, and each time that a phase asks again: draws depend on seed and uid alone
+    def _stored(self, uids: Sequence[str]) -> tuple[list[Any], list[float]]:
+        kept = [each for uid in uids[:: self.sampling.k] for each in self.stored[uid][: self.sampling.k]]
+        return [Completion(*(each[name] for name in _READ)) for each in kept], [each["reward"] for each in kept]
+
+    def _fresh(self, number: int, uids: Sequence[str], model: Any) -> tuple[list[Any], list[float]]:
+        """(completions, rewards); each process draws and judges its share of the prompts, of a sharded model all."""
+        prompts, k = self._asked(number, uids), self.sampling.k
+        own = share(len(prompts))
+        mine = slice(own.start * k, own.stop * k)
+        if self.server is not None:
+            server = self.server
+            together(lambda: server.refresh(model, number) if first() else None)
+            drawn = _joined(together(lambda: server.draw(prompts[own], self.sampling)))
+        elif self.lockstep:
+            drawn = self._draw(prompts, model)
+        else:
+            drawn = _joined(together(lambda: self._draw(prompts[own], model)))
+        return drawn, _joined(together(lambda: self._judge(uids[mine], [each.text for each in drawn[mine]])))
+
+    def _asked(self, number: int, uids: Sequence[str]) -> list[Prompt]:
+        """The prompts of a phase: with a uid of its own each time that one is asked, as draws depend on it alone."""
         prompts, asked = list[Prompt](), dict[str, int]()
         for uid in uids[:: self.sampling.k]:
             asked[uid] = asked.get(uid, 0) + 1
             again = f"/{asked[uid]}" if asked[uid] > 1 else ""
             prompts.append(Prompt(f"{uid}/{number}{again}", self.rows[uid]["prompt"], self.rows[uid]["tools"]))
-        return [each for some in policy.generate(prompts, self.sampling) for each in some]
+        return prompts
+
+    def _draw(self, prompts: Sequence[Prompt], model: Any) -> list[Completion]:
+        """A completion of each sample; the k of a prompt stand together."""
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        policy = LocalModel.around(plain, self.tokenizer, self.name, self.batch_size)
+        return _joined(policy.generate(prompts, self.sampling))
 
     def _judge(self, uids: Sequence[str], texts: Sequence[str]) -> list[float]:
+        if not uids:
+            return []
         rows = [self.rows[uid] for uid in uids]
         prompts = [Prompt(row["uid"], row["prompt"], row["tools"]) for row in rows]
         try:
@@ -188,18 +215,25 @@ class Rollouts:
         tokens, mask = torch.zeros(n, t, dtype=torch.long), torch.zeros(n, t, dtype=torch.bool)
         for i, answer in enumerate(answers):
             tokens[i, : len(answer)], mask[i, : len(answer)] = torch.from_numpy(answer.astype(np.int64)), True
-        logps, values = self._of(rows, prompts, answers, mask, model, None, head if critic is None else None)
+        whole, k = share(n // self.sampling.k), self.sampling.k
+        at = slice(0, n) if self.lockstep else slice(whole.start * k, whole.stop * k)
+
+        def of(asked: Any, other: Reference | None, head: Any) -> list[Tensor]:
+            """[log π, V] [n, t]; each process measures its share."""
+            own = self._of(rows[at], prompts[at], answers[at], mask[at], asked, other, head)
+            return own if self.lockstep else [torch.cat(each) for each in zip(*together(lambda: own), strict=True)]
+
+        logps, values = of(model, None, head if critic is None else None)
         if self.offline:  # of the policy that drew them
             logps = logps.clone()
             for i, each in enumerate(drawn):
                 logps[i, : len(answers[i])] = torch.tensor(each.token_logps)
         if critic is not None:
-            values = self._of(rows, prompts, answers, mask, critic, None, head)[1]
-        asked = (rows, prompts, answers, mask, model)
-        reference = self._of(*asked, self.reference, None)[0]
+            values = of(critic, None, head)[1]
+        reference = of(model, self.reference, None)[0]
         anchor = logps
         if self.anchor is not None:
-            anchor = reference if self.anchor is self.reference else self._of(*asked, self.anchor, None)[0]
+            anchor = reference if self.anchor is self.reference else of(model, self.anchor, None)[0]
         listed = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
         frame = pl.DataFrame({"token_logps": listed, "reward": scores, "task": [""] * n, "batch": [0] * n})
         bucket, stats = self.rule.assign(frame)  # over the phase
@@ -208,6 +242,7 @@ class Rollouts:
             prompts, tokens, mask, logps, reference, anchor, values, torch.tensor([int(row) for row in rows]),
             torch.tensor(scores, dtype=torch.float64), torch.tensor([float(bool(each.finished)) for each in drawn]),
             torch.from_numpy(z_p), torch.from_numpy(z_r), bucket.to_list(),
+            gap(drawn, logps, mask) if self.server is not None else None,
         )  # fmt: skip
 
     def _prompt(self, row: int) -> Any:
@@ -217,8 +252,8 @@ class Rollouts:
     def _of(
         self, rows: Sequence[int], prompts: list[Any], answers: list[Any], mask: Tensor, model: Any,
         other: Reference | None, head: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(log π, V) of the answers' tokens, [n, t] each; of another model, or inside a context."""
+    ) -> list[Tensor]:  # fmt: skip
+        """[log π, V] of the answers' tokens, [n, t] each; of another model, or inside a context."""
         logps, values = torch.zeros(mask.shape), torch.zeros(mask.shape)
         asked, inside = (other, None) if isinstance(other, torch.nn.Module) else (model, other)
         device = next(asked.parameters()).device
@@ -236,12 +271,16 @@ class Rollouts:
             else:
                 with inside():
                     found = ask()
-            logps[at] = by_sample(found["logps"], batch, mask[at].to(device)).float().cpu()
+            logps[at] = of_samples(found["logps"], batch, mask[at].to(device)).float().cpu()
             if head is not None:
-                values[at] = by_sample(found["values"], batch, mask[at].to(device)).float().cpu()
-        return logps, values
+                values[at] = of_samples(found["values"], batch, mask[at].to(device)).float().cpu()
+        return [logps, values]
 
     # --- on disk ---
+
+    def _kept(self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples) -> None:
+        with whole(folder / f".{SAMPLES}", "the same command goes on from its last checkpoint"):
+            self._write(folder, number, uids, drawn, found)
 
     def _write(self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples) -> None:
         seen: dict[tuple[str, str], int] = {}
@@ -273,9 +312,13 @@ class Rollouts:
         (folder / f".{SAMPLES}").replace(folder / SAMPLES)
 
     def _read(self, folder: Path) -> Samples:
-        held = load_file(folder / SAMPLES)
+        held: dict[str, Any] = load_file(folder / SAMPLES)
         bucket = [BUCKETS[i] for i in held.pop("bucket").tolist()]
         return Samples([self._prompt(row) for row in held["row"].tolist()], bucket=bucket, **held)
+
+
+def _joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
+    return [each for part in parts for each in part]
 
 
 _READ = ("text", "token_ids", "token_logps", "n_tokens", "finished")
@@ -291,48 +334,3 @@ def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     for row in rows.select("prompt_uid", "reward", *_READ).iter_rows(named=True):
         found.setdefault(row["prompt_uid"], []).append(row)
     return found
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How samples become a batch: those of one prompt may share its row (`prefix.py`).
-
-    Attributes:
-        kind: auto, or separate for a model that obeys no block mask.
-        cost: of a row.
-        limit: tokens of a row that several share.
-    """
-
-    kind: Literal["auto", "separate"] = "separate"
-    cost: Cost = field(default_factory=Cost)
-    limit: int = 4096
-
-    def batch(self, prompts: Sequence[Any], answers: Sequence[Any], of: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors of `batch_of`, whose segment is a sample's number, and place [m]: of each target in its answer.
-
-        `of` says which prompt a sample answers.
-        """
-        members: dict[int, list[int]] = {}
-        for i, row in enumerate(of):
-            members.setdefault(row, []).append(i)
-        groups = list(members.values())
-        heads, some = [prompts[g[0]] for g in groups], [[answers[i] for i in g] for g in groups]
-        rows = plan(
-            [len(h) for h in heads], [[len(a) for a in each] for each in some], self.kind, self.cost, self.limit
-        )
-        batch = batch_of(heads, some, rows)
-        number = torch.tensor([i for g in groups for i in g])
-        segment = batch["segment"]
-        batch["segment"] = torch.where(segment >= 0, number[segment.clamp_min(0)], -1)
-        at = batch["segment"][batch["loss_mask"]]  # the targets of an answer stand together
-        first = torch.ones_like(at, dtype=torch.bool)
-        first[1:] = at[1:] != at[:-1]
-        count = torch.arange(len(at))
-        batch["place"] = count - count.masked_fill(~first, 0).cummax(0).values
-        return batch
-
-
-def by_sample(values: Tensor, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-    """Values at the targets of a batch [r, t] as [n, t'], a row a sample, like `mask`; differentiable."""
-    at = batch["loss_mask"]
-    return values.new_zeros(mask.shape).index_put((batch["segment"][at], batch["place"]), values[at])

@@ -143,7 +143,17 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
         assert isinstance(stage, Prompts) and isinstance(items, Slots)
         model.to(arguments.device)
         collate = collate_slots
-        method = cppo_of(config, stage, items.phases, model, tokenizer, arguments.device, arguments.seed, screen.tell)
+        method = cppo_of(
+            config,
+            stage,
+            items.phases,
+            model,
+            tokenizer,
+            arguments.device,
+            arguments.seed,
+            screen.tell,
+            parallel.sharded(arguments) or parallel.zero3(arguments),
+        )
     else:
         method = _method(config, model, reference, old)
     try:
@@ -183,7 +193,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     model_folder = _publish(trainer, out, config, tokenizer)
     if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
-    if isinstance(method, Cppo):
+    if isinstance(method, Cppo) and arguments.process_index == 0:
         write_head(method, out)
     return model_folder
 
@@ -366,10 +376,15 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
     if getattr(arguments.accelerator_config, "split_batches", False):
         raise InputError("accelerator_config.split_batches: the batch size is that of a process here",
                          remedy="leave it out")  # fmt: skip
-    if isinstance(config, CppoConfig) and arguments.world_size > 1:
-        raise InputError("reinforcement learning runs on one process so far", remedy="start one process")
     parallel.check(arguments)
-    if config.merge and (parallel.sharded(arguments) or parallel.zero3(arguments)):
+    split = parallel.sharded(arguments) or parallel.zero3(arguments)
+    if isinstance(config, CppoConfig) and split:
+        if config.rollouts.sync:
+            raise InputError("rollouts.sync: no process has the whole policy", remedy="DDP; or load checkpoints there")
+        if config.advantages == "gae":
+            raise InputError("a sharded optimizer knows the model's parameters alone, and not the value function",
+                             remedy="advantages=group with rollouts.k=2 or more; or DDP")  # fmt: skip
+    if config.merge and split:
         raise InputError(
             "merge: no process has the whole model", remedy="merge the saved adapter afterwards, with PEFT"
         )

@@ -98,7 +98,9 @@ class RehearseTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of a step, filled by the method, and the method's size of them."""
-        found = self.method.fill(self.model, list(islice(epoch_iterator, num_batches)))
+        batches = list(islice(epoch_iterator, num_batches))
+        with self.compute_loss_context_manager():  # what is measured here is compared with the step's own passes
+            found = self.method.fill(self.model, batches)
         return found, self._get_num_items_in_batch(list(found), device) if found else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -297,6 +299,12 @@ class _AfterStep(TrainerCallback):
 
     def __init__(self, method: Method, total: Callable[[Tensor], Tensor]) -> None:
         self.method, self.total = method, total
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Gradients of what the method trains beside the model: their mean over processes, as of the model's."""
+        for parameter in self.method.parameters():
+            if args.world_size > 1 and parameter.grad is not None:
+                parameter.grad = self.total(parameter.grad) / args.world_size
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The place of a dual ascent."""

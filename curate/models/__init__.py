@@ -7,6 +7,7 @@ from pathlib import Path
 from curate.config import EmbedConfig, ModelConfig, RewardConfig
 from curate.models.base import Completion, Generator, Prompt, Reward, Sampling, Scorer
 from curate.models.embedder import Embedder, open_embedder
+from curate.models.function import open_function
 from curate.models.local import LocalModel
 from curate.models.reward import open_reward
 from curate.models.server import ServerModel
@@ -25,6 +26,7 @@ __all__ = [
     "Scorer",
     "ServerModel",
     "open_embedder",
+    "open_function",
     "open_generator",
     "open_reward",
 ]

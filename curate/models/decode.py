@@ -94,7 +94,7 @@ class Roomy(DynamicLayer):
         self.buffers = ()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a sharded model gathers its weights in place
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],

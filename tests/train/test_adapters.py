@@ -17,13 +17,14 @@ from curate.errors import InputError
 from curate.models import LocalModel, Prompt
 from curate.models.embedder import open_embedder
 from curate.models.weights import load_causal, merged, model_folder, stack, weights_hash
-from train.config import CftConfig, load
+from train.config import CftConfig
 from train.evaluate import EvalConfig, evaluate
 from train.fisher import FisherConfig, fisher
 from train.folder import checkpoints
 from train.logprobs import AdapterOff, token_kl, token_values
 from train.models import open_model, read_fisher, with_adapter
 from train.run import run
+from train.settings import load
 
 IDS = torch.tensor([[5, 6, 7, 300, 42, 9]])
 OLD = ("lora={r: 2, lora_alpha: 6, use_rslora: true, target_modules: [q_proj, v_proj]}", "merge=true")

@@ -16,12 +16,13 @@ from curate.build import build
 from curate.errors import InputError
 from curate.manifest import Rule, check, read
 from curate.models.reward import rouge_l
-from train.config import CppoConfig, GrpoConfig, load
+from train.config import CppoConfig, GrpoConfig
 from train.folder import checkpoints
 from train.losses.cppo import heuristic_weights
 from train.methods.cppo import Cppo
 from train.phases import Phases
 from train.run import run
+from train.settings import load
 
 CONFIGS = {"cppo": CppoConfig, "grpo": GrpoConfig}
 
@@ -161,6 +162,12 @@ def test_the_first_step_of_a_phase_is_a_zero_update(plain):
         assert abs(line["kl_k1"]) < 1e-5 and abs(line["kl_k3"]) < 1e-5
     assert abs(plain[0]["kl_reference"]) < 1e-5 and abs(plain[0]["kl_previous"]) < 1e-5 and plain[0]["retention"] < 1e-9
     assert abs(plain[2]["kl_reference"]) > 1e-4 and plain[2]["retention"] > 1e-9
+
+
+def test_half_precision_measures_as_it_trains(place, tmp_path):
+    """Rounding alone, log π ≈ −9 with 8 bits: 2⁻⁸ · 9 ≈ 0.04 a token if one of the two passes were in float32."""
+    lines = trained(place, tmp_path / "out", "bf16=true", "max_steps=1", "weights.kind=none")
+    assert lines[0]["clip_fraction"] == 0 and abs(lines[0]["kl_k3"]) < 1e-5
 
 
 def test_the_loss_of_a_step_by_a_reference_of_its_own(place, plain):

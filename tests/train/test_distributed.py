@@ -20,9 +20,9 @@ from torch._inductor.exc import InvalidCxxCompiler
 from curate.build import build
 from curate.errors import InputError
 from train import parallel
-from train.config import load
 from train.folder import checkpoints
 from train.run import CONFIGS, run
+from train.settings import load
 
 pytestmark = pytest.mark.xdist_group("distributed")  # they share runs that take long to start
 
@@ -44,13 +44,16 @@ SHORT = {  # name -> command and settings; three steps, a process and two sharde
              "rate=1",
              "reference=measure", "gradient_accumulation_steps=2", "eval_data=FOLDER/ranked", "eval_strategy=steps",
              "eval_steps=3", "per_device_eval_batch_size=4"),
+    "cppo": ("cppo", "optim=sgd", "too_long=drop", "reward=similarity", "max_grad_norm=100",
+             "rollouts={prompts: 5, k: 2, max_new_tokens: 6, passes: 2}", "gradient_accumulation_steps=1",
+             "per_device_train_batch_size=EACH", "learning_rate=0.1", "max_steps=4", "advantages=group"),
 }  # fmt: skip
 PAIR = """
 import json, os, sys
 from pathlib import Path
 from torch.distributed import destroy_process_group
 from curate.errors import InputError
-from train.config import load
+from train.settings import load
 from train.run import CONFIGS, run
 
 for name, sharded, command, *words in json.loads(Path(sys.argv[1]).read_text()):
@@ -116,7 +119,7 @@ def settings(place, out, command, *words, each=4):
              f"per_device_train_batch_size={each}", "learning_rate=0.01", "logging_steps=1", "save_steps=10",
              "lr_scheduler_type=linear", "use_cpu=true"]  # fmt: skip
     fixed += ["max_length=512", "too_long=truncate"] if command == "cft" else []
-    return [*fixed, *(word.replace("FOLDER", str(place)) for word in words)]
+    return [*fixed, *(word.replace("FOLDER", str(place)).replace("=EACH", f"={each * 5 // 2}") for word in words)]
 
 
 def trained(place, out, command, *words):
@@ -171,6 +174,10 @@ def pairs(place, fsdp):
     runs = [
         ("ddp", False, *twenty),
         ("copr_ddp", False, *SHORT["copr"]),
+        ("cppo_ddp", False, *SHORT["cppo"]),
+        ("gae_ddp", False, *SHORT["cppo"], "advantages=gae"),
+        ("gae2", True, *SHORT["cppo"], "advantages=gae"),
+        ("no_reward", False, *SHORT["cppo"], "reward={kind: python, function: 'second:fails', retries: 0}"),
         ("resumed", True, *twenty),
         ("merged", True, "cft", *ADAPTER, "merge=true"),
     ]
@@ -180,6 +187,10 @@ def pairs(place, fsdp):
     ))  # fmt: skip
     (place / "pair.py").write_text(PAIR)
     (place / "refused").mkdir()
+    (place / "second.py").write_text(
+        "import os\ndef fails(prompts, completions, references):\n"
+        "    if os.environ['RANK'] == '1': raise ConnectionError('no judge')\n    return [0.0] * len(prompts)\n"
+    )
     done = launched("fsdp2", place / "pair.py", place / "runs.json", place / "refused")
     assert done.returncode == 0, done.stderr[-3000:]
     return {f.name: f.read_text() for f in (place / "refused").iterdir()}
@@ -239,6 +250,24 @@ def test_two_processes_agree_on_the_dual(place, pairs):
             assert log(place / out, key) == pytest.approx(log(place / "copr", key), rel=1e-3, abs=1e-5), (out, key)
 
 
+def test_two_processes_draw_judge_and_measure_the_same_samples(place, pairs):
+    # DDP: each its share of the five prompts; FSDP2: both all. Phase 2 is drawn by what two steps of both have made.
+    trained(place, "gae", *SHORT["cppo"], "advantages=gae")
+    trained(place, "cppo", *SHORT["cppo"])
+    for out, alone in (("cppo2", "cppo"), ("cppo_ddp", "cppo"), ("gae_ddp", "gae")):
+        for phase in (0, 1):
+            a, b = (load_file(place / f"{o}/rollouts/phase-{phase:05d}/samples.safetensors") for o in (alone, out))
+            for key in ("tokens", "row", "bucket", "ended"):
+                assert torch.equal(a[key], b[key]), (out, phase, key)
+            for key in ("logps", "reference", "anchor", "values", "score"):
+                torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        assert apart(weights(place / alone / "model"), weights(place / out / "model")) < 2e-5
+        for key in ("loss", "reward", "kl_reference", "clip_fraction", "entropy", "value", "explained_variance"):
+            assert log(place / out, key) == pytest.approx(log(place / alone, key), rel=1e-3, abs=1e-4), (out, key)
+    heads = [load_file(place / o / "value.safetensors") for o in ("gae", "gae_ddp")]
+    assert apart(*heads) < 1e-5 and float(heads[0]["bias"].abs()) > 1e-4, "it has learned"
+
+
 # --- what stops ---
 
 
@@ -251,9 +280,13 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(place):
 
 
 def test_a_sharded_run_refuses_what_no_process_can_do(pairs, place):
-    assert sorted(pairs) == ["merged.0", "merged.1"]
+    assert {name.split(".")[0] for name in pairs} == {"gae2", "merged", "no_reward"} and len(pairs) == 6
+    for rank in (0, 1):  # a judge that fails in one process is no reason for the other to wait
+        assert "raised ConnectionError: no judge" in pairs[f"no_reward.{rank}"]
+    assert not checkpoints(place / "no_reward") and not (place / "no_reward/rollouts/phase-00000").exists()
     assert "no process has the whole model" in pairs["merged.0"]
-    assert not (place / "merged").exists()
+    assert "not the value function" in pairs["gae2.1"]
+    assert not (place / "merged").exists() and not (place / "gae2").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from test_run import ROOT, STARTER, TINY, same, settings, trained, weights
 
 from curate.errors import InputError
 from curate.manifest import read
-from train.config import CftConfig, load
+from train.config import CftConfig
 from train.data import Examples
 from train.folder import alone, checkpoints, fault
 from train.models import open_tokenizer
 from train.run import run
+from train.settings import load
 
 
 def command(*words, **more):

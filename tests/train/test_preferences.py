@@ -16,7 +16,7 @@ from curate.errors import InputError
 from curate.manifest import TABLES, check, read, write
 from curate.manifest.io import sha256_file
 from train.buffers import chosen, read_buffer
-from train.config import CoprConfig, DpoConfig, PblConfig, described, load
+from train.config import CoprConfig, DpoConfig, PblConfig
 from train.folder import checkpoints
 from train.losses.copr import advantages, draw_scale
 from train.methods.answers import Grid, ordered
@@ -24,6 +24,7 @@ from train.methods.copr import Copr
 from train.models import end_tokens, open_model, open_tokenizer
 from train.preferences import collator, fill, measure, method_of, read_sets, read_stage
 from train.run import run
+from train.settings import described, load
 
 STARTER = ROOT / "examples/starter"
 CONFIGS = {"pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from curate.errors import InputError
-from train.config import CftConfig, CptConfig, load
+from train.config import CftConfig, CptConfig
 from train.data import Examples
 from train.folder import checkpoints
 from train.lineage import seen
@@ -26,6 +26,7 @@ from train.mixing import Mixture
 from train.models import end_tokens, open_tokenizer
 from train.packing import Collator, Items, Packing
 from train.run import run
+from train.settings import load
 
 ROOT = Path(__file__).parent.parent.parent
 STARTER = ROOT / "examples/starter"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from curate.errors import InputError
+from train.layout import of_samples
 from train.logprobs import token_values
 from train.losses.cppo import (
     adapt_kl,
@@ -40,7 +41,9 @@ from train.losses.cppo import (
 )
 from train.methods.base import Batch, Logged, Memoryless
 from train.methods.ewc import Fisher, held, plain_name
-from train.rollouts import BUCKETS, Rollouts, Samples, by_sample
+from train.rollouts import BUCKETS, Rollouts, Samples
+
+STALE = 0.1  # nats a token between a server's log-probabilities and the policy's, beyond what half precision does
 
 
 @dataclass
@@ -146,9 +149,13 @@ class Cppo(Memoryless):
     def _line(self, samples: Samples) -> str:
         shares = {name: samples.bucket.count(name) / len(samples.bucket) for name in BUCKETS}
         others = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share)
+        stale = ""
+        if samples.gap is not None:
+            doubt = ": has it the weights of this step?" if samples.gap > STALE else ""
+            stale = f" · the server is {samples.gap:.3f} nats a token from the policy{doubt}"
         return (
             f"phase {self.number + 1}: reward {float(samples.score.mean()):.3f} · KL to the reference {self.met:.3f} "
-            f"nats a sample · {float(samples.mask.sum(1).float().mean()):.0f} tokens · {others}"
+            f"nats a sample · {float(samples.mask.sum(1).float().mean()):.0f} tokens · {others}{stale}"
         )
 
     def _sample(self, samples: Samples, i: int) -> str:
@@ -187,7 +194,7 @@ class Cppo(Memoryless):
         own = self.critic is None and self.head is not None
         of: Any = ("logps", "entropy", "values") if own else ("logps", "entropy")
         said = token_values(model, batch, of, value_head=self.head if own else None, temperature=temperature)
-        found = {name: by_sample(values, batch, mask) for name, values in said.items()}  # [n, t]
+        found = {name: of_samples(values, batch, mask) for name, values in said.items()}  # [n, t]
         logps, old = found["logps"], batch["old_logps"]
         tokens = normaliser[0]
         policy = policy_loss(logps, old, batch["advantages"], mask, batch["alpha"], self.clip, level=self.level,
@@ -205,7 +212,7 @@ class Cppo(Memoryless):
             loss = loss + self.kl * near
             logged["kl_reference_k3"] = torch.stack([near.detach() * tokens, size])
         if self.head is not None:
-            values = found["values"] if self.critic is None else by_sample(token_values(
+            values = found["values"] if self.critic is None else of_samples(token_values(
                 self.critic, batch, ("values",), value_head=self.head)["values"], batch, mask)  # fmt: skip
             fit = value_loss(values, batch["old_values"], batch["returns"], mask, self.value_clip, normaliser=tokens)
             loss = loss + self.value_weight * fit
