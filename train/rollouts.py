@@ -330,6 +330,11 @@ def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
         pl.col("reward").is_finite(), pl.col("token_logps").list.len() > 0, pl.col("token_ids").list.len() > 0,
         pl.col("temperature") > 0, pl.col("top_p") == 1.0, origin="policy",
     ).sort("prompt_uid", "uid")  # fmt: skip
+    if (n := rows["reward_id"].n_unique()) > 1:
+        raise InputError(
+            f"{manifest.folder}: its rollouts were judged by {n} rewards: {rows['reward_id'].unique().sort().to_list()}",
+            remedy="rewards have a scale each: train on rollouts of one",
+        )
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows.select("prompt_uid", "reward", *_READ).iter_rows(named=True):
         found.setdefault(row["prompt_uid"], []).append(row)
