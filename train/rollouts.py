@@ -332,7 +332,7 @@ def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     ).sort("prompt_uid", "uid")  # fmt: skip
     if (n := rows["reward_id"].n_unique()) > 1:
         raise InputError(
-            f"{manifest.folder}: its rollouts were judged by {n} rewards: {rows['reward_id'].unique().sort().to_list()}",
+            f"{manifest.folder}: rollouts judged by {n} rewards: {rows['reward_id'].unique().sort().to_list()}",
             remedy="rewards have a scale each: train on rollouts of one",
         )
     found: dict[str, list[dict[str, Any]]] = {}
