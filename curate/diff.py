@@ -195,8 +195,10 @@ def _why_not_drawn(row: Mapping[str, Any], here: _Side, there: _Side, move: str)
 def _why_rewrite(row: Mapping[str, Any], here: _Side, there: _Side, move: str) -> tuple[str, str]:
     if row["parent_uid"] not in there.uids:
         return "parent", f"it rewrites {row['parent_uid']}"
+    mine, its = (side.settings.get("augment.theta") for side in (here, there))
+    if mine is not None and its is None:
+        return "setting", f"augment: {_arrow('rewrites', None, move)}"
     if found := there.rewrites.get(row["uid"]):
-        mine, its = (side.settings.get("augment.theta") for side in (here, there))
         if found["fault"] is None and mine != its:
             return "setting", f"augment.theta: {_arrow(mine, its, move)}"
         return "score", found["fault"] or f"MI(x, x̂) · MI(y, ŷ) is {found['score']:.4f} there"

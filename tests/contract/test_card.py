@@ -82,6 +82,17 @@ def test_a_warning_for_each_use_that_a_licence_forbids(small):
     assert "non-commercial 2, share-alike 1, unknown 1" in (warning(manifest.samples) or "")
 
 
+def test_the_build_says_so_on_the_screen(small, monkeypatch):
+    notes = []
+    monkeypatch.setattr("curate.screen.Silent.note", lambda self, text: notes.append(text))
+    small("CC BY-ND 4.0", "MIT")
+    assert notes == [
+        "licences of the sources restrict the use of rows: no derivatives 1; the card (README.md) tells which"
+    ]
+    small("MIT", "Apache-2.0")
+    assert len(notes) == 1
+
+
 def test_free_licences_give_no_warning(small):
     manifest = small("MIT", "MIT")
     text = (manifest.folder / "README.md").read_text()

@@ -225,7 +225,9 @@ REWRITE = {"uid": "r", "parent_uid": "p", "origin": "augmented", "row": None, "w
     ("there", "expected"),
     [
         ({"samples": []}, ("parent", "it rewrites p")),
-        ({"samples": [{"uid": "p"}]}, ("rewrite", "the other build has no such rewrite")),
+        ({"samples": [{"uid": "p"}]}, ("setting", "augment: rewrites → none")),
+        ({"samples": [{"uid": "p"}], "settings": {"augment": {"theta": 0.1}}},
+         ("rewrite", "the other build has no such rewrite")),
         ({"samples": [{"uid": "p"}], "rewrites": [{"uid": "r", "kept": False, "score": 0.15}],
           "settings": {"augment": {"theta": 0.2}}}, ("setting", "augment.theta: 0.1000 → 0.2000")),
         ({"samples": [{"uid": "p"}], "rewrites": [{"uid": "r", "kept": False, "score": 0.05}],
