@@ -15,8 +15,11 @@ OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
 def alpaca(manifest: Manifest) -> Iterator[Row | Skipped]:
     """{instruction, input, output, system, history}; history: [[user, assistant], …] of the turns before.
 
-    `input` is what follows the instruction and an empty line in the last question. Cannot be expressed: tools, plain
-    documents, completions of several messages, turns that do not alternate, a system message within the conversation.
+    `input` is what follows the instruction and an empty line in the last question; a trainer joins the two in a way of
+    its own (LLaMA-Factory with one line break), so prompts differ a little from the manifest's.
+
+    Cannot be expressed: tools, plain documents, completions of several messages, turns that do not alternate, a system
+    message within the conversation.
     """
     for row in samples(manifest):
         try:

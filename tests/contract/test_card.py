@@ -144,3 +144,6 @@ def test_the_card_comes_from_tables_and_provenance_alone(small):
     assert card(frames, manifest.provenance) == (manifest.folder / "README.md").read_text()
     more = frames | {"samples": frames["samples"].with_columns(license=pl.lit("ODbL"))}
     assert front_matter(card(more, manifest.provenance))[0]["license"] == "odbl"
+    hub = {"task": "old", "files": {"hub:owner/name@0123abc": "0123abc"}}
+    facts = front_matter(card(frames, manifest.provenance | {"inputs": [hub]}))[0]
+    assert facts["source_datasets"] == ["extended|owner/name"]
