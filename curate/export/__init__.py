@@ -109,7 +109,7 @@ def export(
     if skipped:
         _write(left_out, map(vars, skipped))
     if known is not None:
-        text = json.dumps(known | {_name(file): chat.dataset_info(file.name)}, indent=2, ensure_ascii=False)
+        text = json.dumps(known | {_name(file): chat.dataset_info(file.name)}, indent=2)
         replace_text(file.with_name(INFO), text + "\n")
     _write(file, rows)
     return Exported(file, len(rows), skipped, left_out if skipped else None, _notes(manifest, to, rows))
