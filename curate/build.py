@@ -38,6 +38,7 @@ from curate.manifest.licences import warning
 from curate.manifest.schema import SCHEMA_VERSION
 from curate.map import coordinates
 from curate.models import Embedder, open_embedder, open_generator, open_reward
+from curate.overrides import read_overrides
 from curate.policy import PolicyStages, PolicyWork, usage
 from curate.readers import SourceId, identify, time_blocks
 from curate.report import is_current, write_report
@@ -107,6 +108,8 @@ class Build:
                     "policy and reference have different tokenizers, so their losses a token cannot be compared",
                     remedy="name as reference an earlier checkpoint of the same model",
                 )
+        if self.config.buckets.overrides is not None:
+            read_overrides(self.config.resolve(self.config.buckets.overrides))
         if self.config.rollouts:
             _ = open_reward(self.config.rollouts.reward, self.base, self.embedder).fingerprint
 

@@ -325,6 +325,9 @@ class BucketsConfig(Section):
         description="what a rollout is standardised over: its task, the whole set, or its rollout batch (prompts of "
         "like length, `rollouts.block` of them); of the prompts that are in the set",
     )
+    overrides: str | None = Field(
+        None, description='JSON lines {"uid": COMPLETION, "bucket": …, "note": …}: buckets that a person gave'
+    )
 
 
 class CandidatesConfig(Section):
@@ -445,7 +448,8 @@ class BuildConfig(Section):
             )
         if self.rollouts is None:
             for key, on in (("replay.completions: policy", replay.completions == "policy"),
-                            ("candidates.similarity: true", self.candidates.similarity)):  # fmt: skip
+                            ("candidates.similarity: true", self.candidates.similarity),
+                            ("buckets.overrides", self.buckets.overrides is not None)):  # fmt: skip
                 if on:
                     raise ValueError(f"`{key}` needs `rollouts`, for example rollouts.k=4")
         if replay.completions == "gold" and (replay.min_reward is not None or replay.fallback == "drop"):

@@ -153,6 +153,9 @@ def _policy(m: Manifest, sample: Row) -> Iterator[str]:
             f"Rollouts: {rolled.height} by the policy ({buckets}{'; ' + sides if sides else ''}); the highest reward "
             f"is {_number(best['reward'])} ({_line(best['reward_id'] or 'none')}): {_line(best['text'])!r}."
         )
+        given = m.provenance.get("buckets", {}).get("overrides", {})
+        if n := sum(uid in given for uid in rolled["uid"]):
+            yield f"Buckets given by hand (buckets.overrides): {n} of them."
     rewrites = m.augmentations.filter(parent_uid=sample["uid"])
     if rewrites.height:
         yield f"Rewrites: {int(rewrites['kept'].sum())} of {rewrites.height} are kept."

@@ -20,6 +20,7 @@ from curate.ingest import TaskRows
 from curate.manifest import Rule
 from curate.manifest.schema import AUGMENTATIONS, COMPLETIONS, DROPS, sample_uid
 from curate.models.base import Completion, Reward
+from curate.overrides import read_overrides
 from curate.rollout import best, in_batches, reward_blocks, rewards, rollouts, sampling_of, some_rows, that_fit
 from curate.screen import Screen
 from curate.store import Store
@@ -153,7 +154,22 @@ class PolicyStages:
         final = dict(rows.select("source_uid", "uid").iter_rows())
         every = candidates.with_uids(every, final).sort("stage", "prompt_uid", "origin", "rank", "number", "uid",
                                                        nulls_last=True)  # fmt: skip
-        return COMPLETIONS.fit(every)
+        return COMPLETIONS.fit(self.by_hand(every))
+
+    def by_hand(self, every: pl.DataFrame) -> pl.DataFrame:
+        """Rollouts in the buckets that a person gave them; those are in the provenance, as `check` reads them there."""
+        if self.config.buckets.overrides is None:
+            return every
+        given = read_overrides(self.config.resolve(self.config.buckets.overrides))
+        mine = every.filter(pl.col("uid").is_in(list(given)), origin="policy")["uid"].to_list()
+        if unknown := len(given) - len(mine):
+            self.screen.note(f"{unknown:,} of {len(given):,} overrides name no rollout of this build: the policy, its "
+                             "draws or the prompts are others now")  # fmt: skip
+        applied = {uid: given[uid] for uid in sorted(mine)}
+        if "buckets" in self.facts:
+            self.facts["buckets"]["overrides"] = applied
+        new = pl.col("uid").replace_strict(applied, default=None, return_dtype=pl.String)
+        return every.with_columns(bucket=pl.coalesce(pl.when(pl.col("uid").is_in(mine)).then(new), "bucket"))
 
     def brought(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Ranked answers of the data, with log-probabilities where there is a policy that can measure them."""

@@ -9,7 +9,7 @@ weights) is the method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from curate.errors import InputError
-from curate.manifest import Manifest, Rule, part, sequence_logp, write
+from curate.manifest import Manifest, Rule, moved_inside, part, sequence_logp, write
 from curate.manifest.schema import TABLES, completion_uid
 from curate.models import Completion, LocalModel, Prompt, Sampling
 from curate.models.local import tokenizer_fingerprint
@@ -138,9 +138,10 @@ class Rollouts:
         try:
             drawn, scores = self._stored(uids) if self.offline else self._fresh(number, uids, model)
             found = self._measured(rows, drawn, scores, model, head, critic)
+            by_hand = self._by_hand(uids, found) if self.offline else {}
         finally:
             model.train(training)
-        together(lambda: self._kept(folder, number, uids, drawn, found) if first() else None)
+        together(lambda: self._kept(folder, number, uids, drawn, found, by_hand) if first() else None)
         return found
 
     # --- completions and rewards ---
@@ -148,6 +149,17 @@ class Rollouts:
     def _stored(self, uids: Sequence[str]) -> tuple[list[Any], list[float]]:
         kept = [each for uid in uids[:: self.sampling.k] for each in self.stored[uid][: self.sampling.k]]
         return [Completion(*(each[name] for name in _READ)) for each in kept], [each["reward"] for each in kept]
+
+    def _by_hand(self, uids: Sequence[str], found: Samples) -> dict[int, str]:
+        """The samples that a person put into a bucket: moved there, so that their weights are that bucket's."""
+        given, k = self.manifest.provenance.get("buckets", {}).get("overrides", {}), self.sampling.k
+        named = _joined([each["uid"] for each in self.stored[uid][:k]] for uid in uids[::k])
+        moved = {i: given[uid] for i, uid in enumerate(named) if uid in given}
+        for i, bucket in moved.items():
+            near = [float(torch.nan_to_num(z[i])) for z in (found.z_p, found.z_r)]
+            found.z_p[i], found.z_r[i] = moved_inside(bucket, near[0], near[1], self.rule.k)
+            found.bucket[i] = bucket
+        return moved
 
     def _fresh(self, number: int, uids: Sequence[str], model: Any) -> tuple[list[Any], list[float]]:
         """(completions, rewards); each process draws and judges its share of the prompts, of a sharded model all."""
@@ -278,11 +290,17 @@ class Rollouts:
 
     # --- on disk ---
 
-    def _kept(self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples) -> None:
+    def _kept(
+        self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples,
+        by_hand: Mapping[int, str],
+    ) -> None:  # fmt: skip
         with whole(folder / f".{SAMPLES}", "the same command goes on from its last checkpoint"):
-            self._write(folder, number, uids, drawn, found)
+            self._write(folder, number, uids, drawn, found, by_hand)
 
-    def _write(self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples) -> None:
+    def _write(
+        self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples,
+        by_hand: Mapping[int, str],
+    ) -> None:  # fmt: skip
         seen: dict[tuple[str, str], int] = {}
         rows = []
         policy, fingerprint = f"{self.name}, phase {number}", tokenizer_fingerprint(self.tokenizer)
@@ -303,7 +321,9 @@ class Rollouts:
         )
         frames, provenance = part(self.manifest, set(uids), completions.sort("uid"), f"rollouts of phase {number}")
         _, stats = self.rule.assign(completions)
-        facts = {"rule": asdict(self.rule), "statistics": {name: asdict(s) for name, s in stats.items()}}
+        facts: dict[str, Any] = {"rule": asdict(self.rule), "statistics": {n: asdict(s) for n, s in stats.items()}}
+        if by_hand:
+            facts["overrides"] = {rows[i]["uid"]: bucket for i, bucket in by_hand.items()}
         card = f"# Rollouts of phase {number}\n\n{len(rows)} completions of {len(set(uids))} prompts.\n"
         write(folder, frames, {**provenance, "buckets": facts}, card)
         held = {name: getattr(found, name).contiguous().clone() for name in ON_DISK}
@@ -336,6 +356,6 @@ def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
             remedy="rewards have a scale each: train on rollouts of one",
         )
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows.select("prompt_uid", "reward", *_READ).iter_rows(named=True):
+    for row in rows.select("uid", "prompt_uid", "reward", *_READ).iter_rows(named=True):
         found.setdefault(row["prompt_uid"], []).append(row)
     return found

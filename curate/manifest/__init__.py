@@ -1,6 +1,6 @@
 """The manifest: the contract between `curate` and `train`. Light on purpose: numpy and polars are all it needs."""
 
-from curate.manifest.buckets import Bucket, Rule, Stats, classify, sequence_logp
+from curate.manifest.buckets import Bucket, Rule, Stats, classify, moved_inside, sequence_logp
 from curate.manifest.check import check
 from curate.manifest.io import Manifest, read, write
 from curate.manifest.part import part
@@ -16,6 +16,7 @@ __all__ = [
     "Stats",
     "check",
     "classify",
+    "moved_inside",
     "part",
     "read",
     "sequence_logp",

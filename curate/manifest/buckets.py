@@ -134,6 +134,26 @@ def sequence_logp(token_logps: Sequence[float] | None, reduce: Literal["mean", "
     return total / len(token_logps) if reduce == "mean" else total
 
 
+def moved_inside(bucket: str, z_p: float, z_r: float, k: float) -> tuple[float, float]:
+    """The point of a bucket nearest to (z_P, z_R): where a sample counts as lying that a person put there.
+
+    Both z are finite; the middle of `normal` stands for all of it. The inequalities are strict, hence the hair's
+    breadth.
+
+    >>> moved_inside("noisy", 0.2, -1.0, k=0.5)
+    (-0.500001, -1.0)
+    """
+    signs = {
+        Bucket.HIGH_PERFORMANCE: (1, 1), Bucket.OVERFITTING: (1, -1), Bucket.HIGH_VARIANCE: (-1, 1),
+        Bucket.NOISY: (-1, -1),
+    }.get(Bucket(bucket))  # fmt: skip
+    if signs is None:
+        return 0.0, 0.0
+    edge = k + 1e-6
+    a, b = (sign * max(sign * z, edge) for sign, z in zip(signs, (z_p, z_r), strict=True))
+    return a, b
+
+
 def _pair(logp: ArrayLike, reward: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     p, r = np.asarray(logp, np.float64), np.asarray(reward, np.float64)
     if p.ndim != 1 or p.shape != r.shape:

@@ -38,12 +38,16 @@ def buckets(m: Manifest) -> Iterator[str]:
         if rolled["bucket"].is_not_null().any():
             yield "completions.parquet: buckets, but provenance.json has no rule for them"
         return
-    if "part" not in m.provenance and facts["rule"] != m.provenance["config"]["buckets"]:
+    config = {k: v for k, v in m.provenance["config"]["buckets"].items() if k in facts["rule"]}
+    if "part" not in m.provenance and facts["rule"] != config:
         yield f"provenance.json: the rule of the buckets is {facts['rule']}, but the configuration says another"
     rule = Rule(**facts["rule"])
     expected, stats = rule.assign(rolled)
-    for uid, said, right in zip(rolled["uid"], rolled["bucket"], expected, strict=True):
-        if said != right:
+    by_hand = facts.get("overrides", {})
+    for uid in by_hand.keys() - set(rolled["uid"]):
+        yield f"provenance.json: the bucket of {uid} was given by hand, but it is no rollout"
+    for uid, said, rule_says in zip(rolled["uid"], rolled["bucket"], expected, strict=True):
+        if said != (right := by_hand.get(uid, rule_says)):
             yield f"completions.parquet: uid {uid}: bucket {said!r}, rule and rollouts give {right!r}"
     if (known := {name: asdict(s) for name, s in stats.items()}) != facts["statistics"]:
         wrong = sorted(n for n in {*known, *facts["statistics"]} if known.get(n) != facts["statistics"].get(n))

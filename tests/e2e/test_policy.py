@@ -17,6 +17,7 @@ from policy_runs import (
     RANKED,
     ROLLOUTS,
     STARTER,
+    Notes,
     as_file,
     forged,
     judged_by,
@@ -27,12 +28,13 @@ from policy_runs import (
 from test_build import ROOT, bytes_of, curate, fails
 
 from curate.build import build
-from curate.config import EmbedConfig, ModelConfig
+from curate.config import BuildConfig, EmbedConfig, ModelConfig
 from curate.errors import InputError
 from curate.explain import explain
 from curate.manifest import TABLES, check, read, sequence_logp
 from curate.manifest.schema import completion_uid, sample_uid
 from curate.models import LocalModel, Prompt, open_embedder
+from curate.overrides import write_overrides
 
 # --- the demo, and builds that are cut off ---
 
@@ -532,3 +534,40 @@ def test_another_threshold_moves_sides_and_embeds_nothing(folder, compared, monk
 
 
 # --- models behind a server ---
+
+
+# --- buckets that a person gave ---
+
+
+def test_a_bucket_by_hand_is_honoured_and_told(folder):
+    """The rule and its statistics stay; one rollout is taken for something else, and everybody can see that."""
+    first = build(settings(folder, "by-rule", rollouts=judged_by("length")))
+    rolled = first.completions.filter(origin="policy")
+    row = rolled.row(0, named=True)
+    new = "noisy" if row["bucket"] != "noisy" else "normal"
+    write_overrides(folder / "hand.jsonl", {row["uid"]: new, "0" * 32: "normal"}, "the judge was wrong")
+    screen = Notes()
+    second = build(BuildConfig.parse(settings(
+        folder, "by-hand", rollouts=judged_by("length"), buckets={"overrides": "hand.jsonl"})), screen)  # fmt: skip
+    assert any("1 of 2 overrides name no rollout of this build" in note for note in screen.notes)
+    a, b = (dict(m.completions.select("uid", "bucket").iter_rows()) for m in (first, second))
+    assert {uid for uid in a if a[uid] != b[uid]} == {row["uid"]} and b[row["uid"]] == new
+    assert second.provenance["buckets"]["overrides"] == {row["uid"]: new}
+    assert second.provenance["buckets"]["statistics"] == first.provenance["buckets"]["statistics"]
+    assert check(folder / "by-hand") == []
+    assert "given by hand (buckets.overrides): 1" in explain(second, row["prompt_uid"])
+    task = second.tasks.filter(task=row["task"]).row(0, named=True)
+    assert task[new] == first.tasks.filter(task=row["task"])[new].item() + 1
+    bad = forged(folder / "by-hand", folder / "bad", provenance=lambda p: p["buckets"]["overrides"].clear())
+    assert any("rule and rollouts give" in fault for fault in check(bad))
+    write_overrides(folder / "hand.jsonl", {row["uid"]: row["bucket"]})
+    third = build(settings(folder, "by-hand", rollouts=judged_by("length"), buckets={"overrides": "hand.jsonl"}))
+    assert dict(third.completions.select("uid", "bucket").iter_rows()) == a, "an edited file builds anew"
+
+
+def test_overrides_that_cannot_be_used_are_found_first(folder):
+    with pytest.raises(InputError, match=r"gone\.jsonl: cannot be read"):
+        build(settings(folder, "x", rollouts=judged_by("length"), buckets={"overrides": "gone.jsonl"}))
+    with pytest.raises(InputError, match=r"`buckets\.overrides` needs `rollouts`"):
+        build(settings(folder, "x", buckets={"overrides": "gone.jsonl"}))
+    assert not (folder / "x").exists()

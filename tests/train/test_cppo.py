@@ -5,6 +5,7 @@ import math
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from test_run import ROOT, STARTER, TINY, same, weights
 
 from curate.build import build
 from curate.errors import InputError
-from curate.manifest import Rule, check, read
+from curate.manifest import TABLES, Rule, check, part, read, write
 from curate.models.reward import rouge_l
 from train.config import CppoConfig, GrpoConfig
 from train.folder import checkpoints
@@ -335,6 +336,34 @@ def test_a_phase_can_be_trained_on_alone(place, plain, tmp_path):
         sorted((b["logps"] * b["mask"]).sum(1).tolist()))  # fmt: skip
     assert lines[0]["clip_fraction"] == 0
     assert check(tmp_path / "out/rollouts/phase-00000") == []
+
+
+def test_a_bucket_by_hand_is_trained_on(place, plain, tmp_path):
+    """Offline: a sample that a person put into a bucket lies there, at its nearest point, and weighs as that."""
+    manifest = read(place / "plain/rollouts/phase-00000")
+    rows = manifest.completions
+    uid, was = next((u, b) for u, b in rows.select("uid", "bucket").iter_rows() if b != "high_performance")
+    frames = {name: getattr(manifest, name) for name in TABLES}
+    frames["completions"] = rows.with_columns(
+        bucket=pl.when(pl.col("uid") == uid).then(pl.lit("high_performance")).otherwise("bucket")
+    )
+    frames["tasks"] = part(manifest, set(rows["prompt_uid"]), frames["completions"], "again")[0]["tasks"]
+    facts = {**manifest.provenance["buckets"], "overrides": {uid: "high_performance"}}
+    write(tmp_path / "data", frames, {**manifest.provenance, "buckets": facts}, "# By hand\n")
+    assert check(tmp_path / "data") == []
+    trained(place, tmp_path / "out", f"data={tmp_path / 'data'}", "rollouts.offline=true", "rollouts.temperature=0.7",
+            "max_steps=2")  # fmt: skip
+    phase = read(tmp_path / "out/rollouts/phase-00000")
+    assert check(phase.folder) == []
+    assert dict(phase.completions.select("uid", "bucket").iter_rows())[uid] == "high_performance" != was
+    samples, before = held(tmp_path / "out"), held(place / "plain")
+    at = phase.completions["uid"].to_list()
+    moved = [(float(p), float(r)) for p, r in zip(samples["z_p"], samples["z_r"], strict=True)]
+    other = [(float(p), float(r)) for p, r in zip(before["z_p"], before["z_r"], strict=True)]
+    new = [pair for pair in moved if all(abs(pair[0] - o[0]) + abs(pair[1] - o[1]) > 1e-6 for o in other)]
+    assert len(new) == 1 and min(new[0]) >= 0.5 and len(at) == 8
+    (old,) = [o for o in other if all(abs(o[0] - m[0]) + abs(o[1] - m[1]) > 1e-6 for m in moved)]
+    assert new[0] == pytest.approx((max(old[0], 0.5), max(old[1], 0.5)), abs=1e-5)
 
 
 def test_rewards_against_references(place, tmp_path):
