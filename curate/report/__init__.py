@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import polars as pl
+
 from curate.errors import InputError
 from curate.manifest import Manifest, read
 from curate.manifest.io import REPORT, sync
@@ -23,9 +25,14 @@ def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = Non
 
     Raises:
         ManifestError: `run` is not a sound manifest.
-        InputError: `out` cannot be written.
+        InputError: `out` cannot be written, or the tables do not fit together.
     """
-    return write_report(read(run), Path(out) if out is not None else None)
+    manifest = read(run)
+    try:
+        return write_report(manifest, Path(out) if out is not None else None)
+    except (TypeError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
+        raise InputError(f"{run}: the tables do not fit together, so there is no page of them",
+                         remedy=f"`curate check {run}` says what is wrong") from None  # fmt: skip
 
 
 def is_current(manifest: Manifest) -> bool:

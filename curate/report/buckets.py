@@ -11,7 +11,7 @@ from curate.manifest import Bucket, Manifest, Stats, sequence_logp
 from curate.report.even import evenly
 from curate.report.parts import Plot, Section, Table, capped, count, label, percent, plural, real, short
 
-MOST_POINTS = 3_000
+MOST_POINTS = 2_000
 BUCKETS = {  # name: what it holds, the symbol of its points
     Bucket.HIGH_PERFORMANCE: ("likely and good", "circle"),
     Bucket.OVERFITTING: ("likely and bad", "square"),

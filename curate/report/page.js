@@ -1,6 +1,7 @@
 "use strict";
 // Draws the page from its JSON. Text of the data reaches the DOM as text nodes only; what the eye would not see in it
-// (control characters, marks of direction) is shown by its number. Plots wait until they come into view.
+// (control characters, marks of direction) is shown by its number. Plots wait until they come into view, and the library
+// that draws them until the page has nothing else to do.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const INVISIBLE = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}])/u;
@@ -15,7 +16,7 @@
       else {
         const mark = node.appendChild(document.createElement("span"));
         mark.className = "mark";
-        mark.textContent = piece === "\0" ? "␀" : "U+" + piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+        mark.textContent = piece === "\0" ? "NUL" : "U+" + piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
         mark.title = "invisible character U+" + piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
       }
     }
@@ -47,14 +48,13 @@
     root.dataset.theme = dark ? "dark" : "light";
     toggle.textContent = dark ? "Light" : "Dark";
     toggle.setAttribute("aria-label", `Change to ${dark ? "light" : "dark"} colours`);
-    for (const plot of drawn) draw(plot);
+    for (const plot of drawn) seen.observe(plot.canvas); // drawn anew once they are in view
   };
   prefers.addEventListener("change", () => theme(prefers.matches));
 
   // --- plots ---
 
   const drawn = new Set();
-  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
   const painted = (value, key = "") => {
     if (Array.isArray(value)) return value.map((each) => painted(each, key));
@@ -89,11 +89,23 @@
       plot.canvas.on("plotly_click", (event) => open(event.points[0].customdata, plot.canvas));
     }
   };
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) {
-      seen.unobserve(entry.target);
-      draw(entry.target.plot);
+  const queue = new Set();
+  const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
+  const work = () => {
+    if (!window.Plotly) document.head.append(Object.assign(document.createElement("script"), { textContent: document.getElementById("plotly").textContent }));
+    else for (const plot of [...queue].slice(0, 1)) {
+      queue.delete(plot);
+      draw(plot);
     }
+    if (queue.size) idle(work);
+  };
+  const seen = new IntersectionObserver((entries) => {
+    const waiting = queue.size;
+    for (const { target, isIntersecting } of entries) if (isIntersecting) {
+      seen.unobserve(target);
+      queue.add(target.plot);
+    }
+    if (!waiting && queue.size) idle(work);
   }, { rootMargin: "300px" });
 
   // --- sections ---
@@ -104,7 +116,7 @@
     const kind = (i) => (numbers.has(i) ? "n" : spec.header.length > 1 && i !== first ? "long" : null);
     const body = spec.rows.map((row) => make("tr", {}, row.map((cell, i) => (
       i === first ? make("th", { scope: "row" }, cell) : make("td", { class: kind(i) }, cell)))));
-    return make("div", { class: "scroll " + (body.length > 14 ? "tall " : "") + extra, tabindex: 0, role: "region", "aria-label": spec.caption },
+    return make("div", { class: "scroll " + (body.length > 20 ? "tall " : "") + extra, tabindex: 0, role: "region", "aria-label": spec.caption },
       make("table", {}, make("caption", {}, spec.caption),
         make("thead", {}, make("tr", {}, spec.header.map((name, i) => make("th", { scope: "col", class: kind(i) }, name)))),
         make("tbody", {}, body)));
@@ -275,5 +287,5 @@
       data.sections.map(section), samples()),
     make("footer", { class: "wrap" }, make("p", {}, data.note)), dialog);
   theme(prefers.matches);
-  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(".canvas").forEach((canvas) => seen.observe(canvas)));
+  addEventListener("load", () => document.querySelectorAll(".canvas").forEach((canvas) => seen.observe(canvas)));
 })();

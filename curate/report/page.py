@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from curate.manifest import Manifest
 from curate.manifest.schema import content_hash
 from curate.report import stream, summary
 from curate.report.buckets import buckets
-from curate.report.parts import short
+from curate.report.parts import label, short
 from curate.report.rewrites import augmentations
 from curate.report.rows import rows, to_json
 from curate.report.tags import tags
@@ -68,7 +67,7 @@ def page(manifest: Manifest) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(data["name"])} – Rehearse</title>
+<title>{label(data["name"], 80)} – Rehearse</title>
 <style>{style}</style>
 </head>
 <body>
@@ -77,7 +76,7 @@ def page(manifest: Manifest) -> str:
 <noscript><p>This page draws itself with its own scripts; README.md beside it says the essential as text.</p></noscript>
 <script type="application/json" id="data">{to_json(data)}</script>
 <script>{code}</script>
-<script>{plotly}</script>
+<script type="text/plain" id="plotly">{plotly}</script>
 </body>
 </html>
 """

@@ -6,6 +6,7 @@ library that draws them, so `label` alone may fill them.
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,11 +118,20 @@ def short(text: str, most: int = LABEL) -> str:
     return line if len(line) <= most and len(text) <= 4 * most else line[: most - 1] + "…"
 
 
+def visible(character: str) -> str:
+    """A character as the eye can see it: an invisible one by its number."""
+    return ("⟨NUL⟩" if character == "\0" else f"⟨U+{ord(character):04X}⟩") if INVISIBLE.match(character) else character
+
+
 def label(text: str, most: int = LABEL) -> str:
-    r"""A text of the data for a label of a plot: short, invisible characters shown, and no markup.
+    r"""A text of the data for a label of a plot, or for markup: short, invisible characters shown, and no markup.
 
     >>> label("<b>a\u202eb")
     '&lt;b&gt;a⟨U+202E⟩b'
     """
-    line = INVISIBLE.sub(lambda m: "␀" if m[0] == "\0" else f"⟨U+{ord(m[0]):04X}⟩", short(text, most))
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = ""
+    for character in short(text, most):
+        line += html.escape(visible(character), quote=False)
+        if len(line) > 2 * most:  # what is shown by its number or its entity takes more
+            return line + "…"
+    return line

@@ -17,7 +17,7 @@ from curate.report.even import evenly
 from curate.report.parts import cut, real
 
 MOST_ROWS = 5_000
-MOST_BYTES = 6_500_000  # of the rows' JSON
+MOST_BYTES = 6_000_000  # of the rows' JSON
 MOST_OF_EACH = 12  # messages of a conversation, references of a row, completions of a prompt
 MOST_TAGS = 40
 

@@ -10,7 +10,7 @@ from curate.report.parts import Plot, Section, Table, capped, count, label, left
 from curate.report.plots import SHORT, bars, height, names_axis
 
 MOST_TASKS = 60  # that a plot shows
-MOST_POINTS = 3_000
+MOST_POINTS = 2_000
 
 
 def shown_tasks(tasks: pl.DataFrame) -> tuple[pl.DataFrame, str]:
