@@ -17,16 +17,14 @@ def heat_map(
     The same scores give the same bytes. Names are shown as they are: `$` begins no formula.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot: a notebook's own figures go on being shown
 
     rows, columns = scores.shape
     numbers = columns <= 20 and rows <= 40
     with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9,
                                 "text.parse_math": False}):  # fmt: skip
         width, height = max(0.6 * columns, 1.8), max(0.34 * rows, 0.7)  # inches of the cells; labels come beside them
-        figure = pyplot.figure(figsize=(width, height))
+        figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
         low, high = 0.0, max(1e-9, float(scores.max()))
         image = axes.imshow(scores, cmap="viridis", vmin=low, vmax=high, aspect="auto")
@@ -40,7 +38,6 @@ def heat_map(
             axes.text(j, i, f"{scores[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=8)
         figure.colorbar(image, cax=figure.add_axes((1 + 0.15 / width, 0, 0.12 / width, 1)), label=metric)
         figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.15)
-        pyplot.close(figure)
 
 
 _NOT_XML = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -7,7 +7,7 @@ over a stated population; a threshold k cuts the plane. Source: CPPO (ICLR 2024)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -108,9 +108,7 @@ class Rule:
         Args:
             completions: rows of the manifest's table that were sampled: task, batch, token_logps, reward.
         """
-        p = np.array([sequence_logp(row, self.logp) for row in completions["token_logps"].to_list()], np.float64)
-        r = completions["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
-        names = ["all"] * len(p) if self.population == "all" else [str(n) for n in completions[self.population]]
+        p, r, names = self._measured(completions)
         bucket, stats = np.full(len(p), str(Bucket.NORMAL), object), dict[str, Stats]()
         populations, of = np.unique(np.array(names, dtype=str), return_inverse=True)
         order, starts = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=len(populations)))[:-1]
@@ -118,6 +116,34 @@ class Rule:
             stats[name] = Stats.of(p[mine], r[mine])
             bucket[mine] = classify(p[mine], r[mine], stats[name], self.k)
         return pl.Series("bucket", bucket.tolist(), dtype=pl.String), stats
+
+    def z(self, completions: pl.DataFrame, stats: Mapping[str, Stats] | None = None) -> pl.DataFrame:
+        """(z_P, z_R) of every row, as columns z_p and z_r: where a rollout lies on the plane of the buckets.
+
+        Args:
+            completions: as for `assign`.
+            stats: moments of every population, as `assign` gives them; None = of these rows.
+
+        Raises:
+            KeyError: a row of a population that `stats` does not have.
+
+        >>> rows = pl.DataFrame({"task": ["a", "a"], "token_logps": [[-1.0], [-3.0]], "reward": [0.0, 1.0]})
+        >>> Rule(k=0.5).z(rows).rows()
+        [(1.0, -1.0), (-1.0, 1.0)]
+        """
+        stats = self.assign(completions)[1] if stats is None else stats
+        p, r, names = self._measured(completions)
+        z = [stats[name].z([x], [y]) for name, x, y in zip(names, p, r, strict=True)]
+        return pl.DataFrame(
+            {"z_p": [float(a[0]) for a, _ in z], "z_r": [float(b[0]) for _, b in z]},
+            schema={"z_p": pl.Float64, "z_r": pl.Float64},
+        )
+
+    def _measured(self, completions: pl.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+        """(P, R, name of the population) of every row; NaN where there is none."""
+        p = np.array([sequence_logp(row, self.logp) for row in completions["token_logps"].to_list()], np.float64)
+        r = completions["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+        return p, r, ["all"] * len(p) if self.population == "all" else [str(n) for n in completions[self.population]]
 
 
 def sequence_logp(token_logps: Sequence[float] | None, reduce: Literal["mean", "sum"] = "mean") -> float:

@@ -1,9 +1,10 @@
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.manifest import Bucket, Stats, classify
+from curate.manifest import Bucket, Rule, Stats, classify
 
 numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
 pairs = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40)
@@ -85,3 +86,30 @@ def test_refusals():
         classify([1], [1], Stats.of([1], [1]), -1)
     with pytest.raises(ValueError, match="k must"):
         classify([1], [1], Stats.of([1], [1]), float("nan"))
+
+
+def test_z_is_where_the_rule_sorts_by():
+    # task a: P −1 and −3 (mean −2, σ 1), R 0 and 4 (2, 2); task b: one row, so no deviation; no reward: NaN, and normal
+    rows = pl.DataFrame({
+        "task": ["a", "b", "a", "a"], "token_logps": [[-1.0, -1.0], [-9.0], [-3.0], [-2.0]],
+        "reward": [0.0, 5.0, 4.0, None],
+    })  # fmt: skip
+    z = Rule(k=0.5).z(rows)
+    assert z.rows()[:3] == [(1.0, -1.0), (0.0, 0.0), (-1.0, 1.0)]
+    assert z["z_p"][3] == 0.0 and np.isnan(z["z_r"][3])
+    # the sum counts two tokens twice: −2, −9, −3, −2, and the population is everything with a reward
+    every = Rule(k=0.5, logp="sum", population="all")
+    assert z.equals(Rule(k=0.5).z(rows, Rule(k=0.5).assign(rows)[1]))
+    p, r = np.array([-2.0, -9.0, -3.0]), np.array([0.0, 5.0, 4.0])
+    got = every.z(rows)
+    assert np.allclose(got["z_p"][:3], (p - p.mean()) / p.std()) and np.allclose(got["z_r"][:3], (r - 3) / r.std())
+    bucket, stats = every.assign(rows)
+    assert bucket.to_list()[:3] == classify(p, r, stats["all"], 0.5).tolist() and bucket[3] == "normal"
+
+
+def test_z_of_other_moments_and_of_nothing():
+    rows = pl.DataFrame({"task": ["a"], "token_logps": [[-1.0]], "reward": [3.0]})
+    assert Rule(k=0.5).z(rows, {"a": Stats(-3.0, 2.0, 1.0, 4.0, 9)}).rows() == [(1.0, 0.5)]  # (−1 + 3)/2, (3 − 1)/4
+    assert Rule(k=0.5).z(rows.clear()).height == 0
+    with pytest.raises(KeyError, match="a"):
+        Rule(k=0.5).z(rows, {"b": Stats(0.0, 1.0, 0.0, 1.0, 2)})

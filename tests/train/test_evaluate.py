@@ -190,6 +190,19 @@ def test_ranked_answers_that_do_not_fit_are_told(ranked, tmp_path):
              "metric": "ranking"}))  # fmt: skip
 
 
+def test_the_heat_map_leaves_the_figures_of_a_notebook_alone(tmp_path):
+    from matplotlib import pyplot
+
+    try:
+        pyplot.switch_backend("svg")
+        mine = pyplot.figure()
+        heat_map(np.eye(2), ["a", "b"], ["t1", "t2"], "exact", tmp_path / "a.svg")
+        assert pyplot.get_backend() == "svg" and pyplot.get_fignums() == [mine.number]
+    finally:
+        pyplot.close("all")
+        pyplot.switch_backend("agg")
+
+
 def test_the_heat_map_shows_every_score_and_is_the_same_twice(tmp_path):
     r = np.array([[0.0, 0.25], [0.5, 0.25], [0.375, 1.0]])
     for name in ("a", "b"):
