@@ -97,6 +97,7 @@ def build(
             _print(table, {}, quiet, as_json)
         if not (quiet or as_json):
             Console().print(f"manifest: [bold]{escape(str(job.out))}[/]", soft_wrap=True)
+            Console().print(f"page: [bold]{escape(str(job.out / 'report.html'))}[/]", soft_wrap=True)
 
 
 @app.command()
