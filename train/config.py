@@ -220,6 +220,7 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of sampling, and of every log π")
     passes: int = Field(2, gt=0, description="over the samples of a phase: its steps are prompts · k · passes / batch")
     batch_size: int = Field(32, gt=0, description="sequences of a forward pass that draws or measures")
+    show: int = Field(1, ge=0, description="every how many phases the best and the worst sample are shown; 0 = never")
     offline: bool = Field(False, description="nothing is drawn: the manifest's own rollouts, with their rewards")
     server: ModelConfig | None = Field(
         None, description="OpenAI-compatible server that draws; keeping its weights those of the policy is up to you"
@@ -246,8 +247,16 @@ class RewardKlConfig(Section):
     coef: float = Field(0.05, ge=0, allow_inf_nan=False, description="at the start")
     target: float | None = Field(None, gt=0, description="nats a sample that the coefficient aims at; null = it stays")
     horizon: float = Field(10_000, gt=0, allow_inf_nan=False, description="samples in which it moves")
-    most: float = Field(100.0, gt=0, description="nats a sample beyond which the run stops")
+    most: float = Field(
+        100.0, gt=0, description="nats a sample from the reference, or from where a phase began, at which the run stops"
+    )  # fmt: skip
     reference: str | None = Field(None, description="folder or hub name; by default the model before training")
+
+    @model_validator(mode="after")
+    def _moves(self) -> RewardKlConfig:
+        if self.target is not None and self.coef == 0:
+            raise ValueError("`target` multiplies `coef`, and 0 stays 0: give kl.coef")
+        return self
 
 
 class RetentionConfig(Section):
@@ -255,7 +264,9 @@ class RetentionConfig(Section):
 
     weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="0 = off")
     anchor: Literal["previous_task", "rollout"] = Field(
-        "previous_task", description="π_{t−1}: `model`, or the policy that drew the sample (the official code)"
+        "previous_task",
+        description="π_{t−1}: `model`, or the policy that drew the sample (the official code); offline its log π is "
+        "the stored one",
     )
     model: str | None = Field(None, description="folder or hub name; by default the model before training")
 
@@ -273,10 +284,13 @@ class WeightsConfig(Section):
 
 
 class ValueConfig(Section):
-    """V of the state before each token (advantages: gae)."""
+    """V of the state before each token (advantages: gae); trained without weight decay."""
 
     model: str | None = Field(None, description="a model of its own below the head; null: the policy's states")
-    head: str | None = Field(None, description="value.safetensors of an older stage; null: begins at 0")
+    head: str | None = Field(
+        None, description="value.safetensors of an older stage, with its folder `value` as `model` where it had one; "
+        "null: begins at 0"
+    )  # fmt: skip
     weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="of its loss")
     clip: float = Field(0.2, gt=0, description="how far V may move from the phase's, in the reward's unit")
 
@@ -287,10 +301,15 @@ class CppoConfig(RunConfig):
     too_long: Literal["error", "drop"] = Field("error", description="what becomes of a prompt without room to answer")
     rollouts: RolloutConfig = Field(RolloutConfig.model_validate({}), description="phases")
     reward: RewardConfig = Field(RewardConfig.model_validate({}), description="as `rollouts.reward` of a build")
+    unjudged: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="of a completion that the reward gives no number; null: the run stops",
+    )
     missing_end: float = Field(-1.0, allow_inf_nan=False, description="added to the reward of a completion cut off")
     advantages: Literal["gae", "group"] = Field("gae", description="group: GRPO, by the other samples of a prompt")
     scale: bool = Field(True, description="group: divide by the group's deviation")
-    level: Literal["token", "sequence"] = Field("token", description="of the ratio; sequence: GSPO")
+    level: Literal["token", "sequence"] = Field("token", description="of the ratio; sequence (with group): GSPO")
     clip: float = Field(0.2, gt=0, description="ε of the ratio")
     gamma: float = Field(1.0, ge=0, le=1, description="γ, discount a token")
     lam: float = Field(0.95, ge=0, le=1, description="λ of GAE")
@@ -308,6 +327,12 @@ class CppoConfig(RunConfig):
             raise ValueError("`ewc` with `lora`: EWC holds the weights, and an adapter leaves them alone")
         if self.eval_data:
             raise ValueError("`eval_data`: a policy is evaluated by its answers, with `train eval`")
+        if self.kl.target is not None and self.rollouts.prompts * self.rollouts.k >= 5 * self.kl.horizon:
+            raise ValueError("`kl.horizon` is in samples: more than a fifth of a phase (rollouts.prompts · rollouts.k)")
+        if self.level == "sequence" and self.advantages != "group":
+            raise ValueError("`level: sequence` is GSPO's, whose samples have one advantage each: advantages=group")
+        if self.retention.model is not None and self.retention.anchor == "rollout":
+            raise ValueError("`retention.model` is the anchor `previous_task`; `rollout` is the policy that drew")
         if self.advantages == "group" and self.rollouts.k < 2:
             raise ValueError("`advantages: group` compares the samples of a prompt: rollouts.k is 2 or more")
         if len(self.data) > 1:
@@ -320,5 +345,6 @@ class GrpoConfig(CppoConfig):
 
     rollouts: RolloutConfig = Field(RolloutConfig.model_validate({"prompts": 8, "k": 8}), description="phases")
     advantages: Literal["gae", "group"] = Field("group", description="by the other samples of a prompt")
+    missing_end: float = Field(0.0, allow_inf_nan=False, description="added to the reward of a completion cut off")
     retention: RetentionConfig = Field(RetentionConfig.model_validate({"weight": 0}), description="to the task before")
     weights: WeightsConfig = Field(WeightsConfig.model_validate({"kind": "none"}), description="α and β")

@@ -70,7 +70,7 @@ def open_model(config: RunConfig, name: str | None = None, where: str = "model")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
-    frozen = config.lora is not None or where != "model"  # a reference takes no steps
+    frozen = config.lora is not None or where not in ("model", "value.model")  # a reference takes no steps
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and frozen and torch.cuda.is_available())
     how: dict[str, Any] = {"dtype": torch.bfloat16 if half else torch.float32}
     if config.attention:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from train.parallel import first, share, together
 from train.phases import Phases
 from train.server import Server, gap
 
+LARGEST = 1e12  # of a reward
 FOLDER, SAMPLES = "rollouts", "samples.safetensors"
 BUCKETS = ("high_performance", "overfitting", "high_variance", "noisy", "normal")
 ON_DISK = ("tokens", "mask", "logps", "reference", "anchor", "values", "row", "score", "ended", "z_p", "z_r")
@@ -90,6 +92,7 @@ class Rollouts:
         out: the run's folder.
         batch_size: sequences of a forward pass.
         name: of the policy, in the manifests.
+        unjudged: the reward of a completion to which `reward` gives no number; None: that is an error.
         offline: nothing is drawn or judged: the manifest's own rollouts, with the log-probabilities that they have.
         layout: how samples share the rows of a pass.
         server: draws the completions instead of the policy in memory.
@@ -109,6 +112,7 @@ class Rollouts:
     out: Path
     batch_size: int
     name: str
+    unjudged: float | None = None
     offline: bool = False
     layout: Layout = field(default_factory=Layout)
     server: Server | None = None
@@ -117,7 +121,7 @@ class Rollouts:
     stored: dict[str, list[dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stored = stored(self.manifest) if self.offline else {}
+        self.stored = stored(self.manifest, self.sampling.temperature) if self.offline else {}
         self.rows = {row["uid"]: row for row in self.manifest.samples.iter_rows(named=True)}
 
     def phase(self, number: int, model: Any, head: Any, critic: Any) -> Samples:
@@ -136,9 +140,9 @@ class Rollouts:
         uids = [self.examples.uid[int(row)] for row in rows]
         model.eval()
         try:
-            drawn, scores = self._stored(uids) if self.offline else self._fresh(number, uids, model)
+            drawn, scores = self._stored(number, uids) if self.offline else self._fresh(number, uids, model)
             found = self._measured(rows, drawn, scores, model, head, critic)
-            by_hand = self._by_hand(uids, found) if self.offline else {}
+            by_hand = self._by_hand(number, uids, found) if self.offline else {}
         finally:
             model.train(training)
         together(lambda: self._kept(folder, number, uids, drawn, found, by_hand) if first() else None)
@@ -146,14 +150,23 @@ class Rollouts:
 
     # --- completions and rewards ---
 
-    def _stored(self, uids: Sequence[str]) -> tuple[list[Any], list[float]]:
-        kept = [each for uid in uids[:: self.sampling.k] for each in self.stored[uid][: self.sampling.k]]
+    def _kept_rows(self, number: int, uids: Sequence[str]) -> list[dict[str, Any]]:
+        """Offline: the stored rollout of each sample; each time that a prompt comes round the next k of its own."""
+        k, round_ = self.sampling.k, number * self.phases.prompts // self.phases.mixture.length
+        found = []
+        for uid in uids[::k]:
+            mine = self.stored[uid]
+            found += [mine[(round_ * k + j) % len(mine)] for j in range(k)]
+        return found
+
+    def _stored(self, number: int, uids: Sequence[str]) -> tuple[list[Completion], list[float]]:
+        kept = self._kept_rows(number, uids)
         return [Completion(*(each[name] for name in _READ)) for each in kept], [each["reward"] for each in kept]
 
-    def _by_hand(self, uids: Sequence[str], found: Samples) -> dict[int, str]:
+    def _by_hand(self, number: int, uids: Sequence[str], found: Samples) -> dict[int, str]:
         """The samples that a person put into a bucket: moved there, so that their weights are that bucket's."""
-        given, k = self.manifest.provenance.get("buckets", {}).get("overrides", {}), self.sampling.k
-        named = _joined([each["uid"] for each in self.stored[uid][:k]] for uid in uids[::k])
+        given = self.manifest.provenance.get("buckets", {}).get("overrides", {})
+        named = [each["uid"] for each in self._kept_rows(number, uids)]
         moved = {i: given[uid] for i, uid in enumerate(named) if uid in given}
         for i, bucket in moved.items():
             near = [float(torch.nan_to_num(z[i])) for z in (found.z_p, found.z_r)]
@@ -208,13 +221,20 @@ class Rollouts:
             ) from error
         if len(found) != len(texts):
             raise InputError(f"reward {self.reward_id}: {len(found)} rewards for {len(texts)} completions")
-        for uid, value in zip(uids, found, strict=True):
-            if value is None or not math.isfinite(value):
-                raise InputError(
-                    f"reward {self.reward_id}: {value} for a completion of uid {uid}",
-                    remedy="a reward must be a finite number; the step was not taken",
-                )
-        return [float(value) for value in found]
+        judged = [value is not None and math.isfinite(value) for value in found]
+        if self.unjudged is None and not all(judged):
+            at = judged.index(False)
+            raise InputError(
+                f"reward {self.reward_id}: no finite number for a completion of uid {uids[at]}: {texts[at][:80]!r}",
+                remedy="the step was not taken; mend the reward, or set `unjudged` to what such completions are worth",
+            )
+        large = [i for i, v in enumerate(found) if judged[i] and abs(v) > LARGEST]
+        if large:
+            raise InputError(
+                f"reward {self.reward_id}: {found[large[0]]:.4g} for a completion of uid {uids[large[0]]}",
+                remedy=f"scale it: its square must fit into a float32, so {LARGEST:g} is the most",
+            )
+        return [float(v) if sound else float(self.unjudged or 0) for v, sound in zip(found, judged, strict=True)]
 
     # --- what the models say ---
 
@@ -256,6 +276,18 @@ class Rollouts:
             torch.from_numpy(z_p), torch.from_numpy(z_r), bucket.to_list(),
             gap(drawn, logps, mask) if self.server is not None else None,
         )  # fmt: skip
+
+    def again(self, samples: Samples, model: Any) -> Tensor:
+        """[n, t] log π of a phase's samples under the policy as it is now."""
+        training, n = model.training, len(samples.row)
+        model.eval()
+        at = slice(0, n) if self.lockstep else share(n)
+        try:
+            own = self._of(samples.row[at].tolist(), samples.prompts[at], samples.answers()[at], samples.mask[at],
+                           model, None, None)[0]  # fmt: skip
+        finally:
+            model.train(training)
+        return own if self.lockstep else torch.cat(together(lambda: own))
 
     def _prompt(self, row: int) -> Any:
         return self.examples.row_tokens(row)[: int(self.examples.first_target[row])]
@@ -303,17 +335,19 @@ class Rollouts:
     ) -> None:  # fmt: skip
         seen: dict[tuple[str, str], int] = {}
         rows = []
-        policy, fingerprint = f"{self.name}, phase {number}", tokenizer_fingerprint(self.tokenizer)
+        own = {"policy": f"{self.name}, phase {number}", "tokenizer": tokenizer_fingerprint(self.tokenizer),
+               "temperature": self.sampling.temperature, "reward_id": self.reward_id}  # fmt: skip
+        stored = self._kept_rows(number, uids) if self.offline else []
         for i, (uid, each) in enumerate(zip(uids, drawn, strict=True)):
             index = seen[uid, each.text] = seen.get((uid, each.text), -1) + 1
             sample = self.rows[uid]
             rows.append({
                 "uid": completion_uid(uid, "policy", each.text, index), "prompt_uid": uid, "task": sample["task"],
                 "stage": sample["stage"], "origin": "policy", "text": each.text, "token_ids": each.token_ids,
-                "token_logps": found.logps[i][found.mask[i]].tolist(), "n_tokens": each.n_tokens, "policy": policy,
-                "tokenizer": fingerprint, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p,
+                "token_logps": found.logps[i][found.mask[i]].tolist(), "n_tokens": each.n_tokens,
+                "top_p": self.sampling.top_p,
                 "finished": bool(each.finished), "batch": number, "reward": float(found.score[i]),
-                "reward_id": self.reward_id, "bucket": found.bucket[i],
+                "bucket": found.bucket[i], **({k: stored[i][k] for k in own} if stored else own),
             })  # fmt: skip
         columns = TABLES["completions"].columns
         completions = pl.DataFrame(rows, schema={c: columns[c].dtype for c in columns}).with_columns(
@@ -332,7 +366,14 @@ class Rollouts:
         (folder / f".{SAMPLES}").replace(folder / SAMPLES)
 
     def _read(self, folder: Path) -> Samples:
-        held: dict[str, Any] = load_file(folder / SAMPLES)
+        try:
+            held: dict[str, Any] = load_file(folder / SAMPLES)
+            complete = held.keys() == {*ON_DISK, "bucket"} and int(held["row"].max()) < len(self.examples)
+        except (SafetensorError, OSError):
+            complete = False
+        if not complete:
+            raise InputError(f"{folder / SAMPLES}: not the samples of this run's phase",
+                             remedy="put the file back, or begin again with resume=false")  # fmt: skip
         bucket = [BUCKETS[i] for i in held.pop("bucket").tolist()]
         return Samples([self._prompt(row) for row in held["row"].tolist()], bucket=bucket, **held)
 
@@ -342,20 +383,31 @@ def _joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
 
 
 _READ = ("text", "token_ids", "token_logps", "n_tokens", "finished")
+_WHOSE = ("policy", "tokenizer", "temperature", "reward_id")
 
 
-def stored(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
-    """The rollouts of each prompt that have tokens, log-probabilities and a reward, in the order of their uids."""
+def stored(manifest: Manifest, temperature: float) -> dict[str, list[dict[str, Any]]]:
+    """The rollouts of each prompt that have tokens, log-probabilities and a reward, in the order of their uids.
+
+    Raises:
+        InputError: they were drawn at other temperatures, or judged by several rewards.
+    """
     rows = manifest.completions.filter(
         pl.col("reward").is_finite(), pl.col("token_logps").list.len() > 0, pl.col("token_ids").list.len() > 0,
         pl.col("temperature") > 0, pl.col("top_p") == 1.0, origin="policy",
     ).sort("prompt_uid", "uid")  # fmt: skip
+    if others := sorted(set(rows["temperature"]) - {temperature}):
+        raise InputError(
+            f"{manifest.folder}: rollouts drawn at temperature {others[0]:g}; this run would take them for draws at "
+            f"{temperature:g}",
+            remedy=f"set rollouts.temperature={others[0]:g}",
+        )
     if (n := rows["reward_id"].n_unique()) > 1:
         raise InputError(
             f"{manifest.folder}: rollouts judged by {n} rewards: {rows['reward_id'].unique().sort().to_list()}",
             remedy="rewards have a scale each: train on rollouts of one",
         )
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows.select("uid", "prompt_uid", "reward", *_READ).iter_rows(named=True):
+    for row in rows.select("uid", "prompt_uid", "reward", *_READ, *_WHOSE).iter_rows(named=True):
         found.setdefault(row["prompt_uid"], []).append(row)
     return found

@@ -59,7 +59,7 @@ from train.packing import Collator, Items, Packing
 from train.phases import Phases, Slots
 from train.phases import collate as collate_slots
 from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
-from train.reinforce import Prompts, cppo_of, read_prompts, write_head
+from train.reinforce import Prompts, cppo_of, read_prompts, write_value
 from train.rollouts import FOLDER as ROLLOUTS
 from train.screen import Progress
 from train.sets import SetItems
@@ -114,6 +114,8 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     items, epochs = _items(name, config, stage, context, arguments, theirs)
     evaluated = _evaluated(name, config, tokenizer, context, arguments)
     facts = _facts(name, config, theirs, arguments)
+    if isinstance(stage, Prompts):
+        facts["inputs"]["reward"] = stage.reward.fingerprint
     decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
     identity = {"method": name, "settings": content_hash([decides, facts["data"], facts["inputs"]])}
     last, damaged = resumable(out, identity, facts) if config.resume else (None, [])
@@ -187,6 +189,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     if last is not None:
         trainer.take_up(last)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.end()
     if trainer.state.best_model_checkpoint is not None:
         best = Path(trainer.state.best_model_checkpoint).name
         screen.tell(f"best: {best}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")
@@ -194,7 +197,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     if isinstance(config, CoprConfig) and isinstance(stage, Stage) and arguments.process_index == 0:
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
     if isinstance(method, Cppo) and arguments.process_index == 0:
-        write_head(method, out)
+        write_value(method, out)
     return model_folder
 
 
@@ -215,7 +218,7 @@ def _start(name: str, stage: Examples | Stage | Prompts, items: Items, arguments
 def _read(config: RunConfig) -> list[Path]:
     """Everything that a run reads."""
     kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
-    rl = (config.retention.model, config.value.model) if isinstance(config, CppoConfig) else ()
+    rl = (config.retention.model, config.value.model, config.value.head) if isinstance(config, CppoConfig) else ()
     names = [config.model, config.init, config.tokenizer, *config.data, *config.eval_data, kl and kl.reference, *rl,
              *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
              *getattr(config, "buffers", ())]  # fmt: skip
@@ -420,9 +423,10 @@ def _secret(key: str) -> bool:
 
 
 def _inputs(config: RunConfig) -> dict[str, str]:
-    """Hashes of the weights that a run begins with or is held by, by folder; a hub model is named in `settings`."""
+    """Hashes of the weights that a run begins with or is held by, by path; a hub model is named in `settings`."""
     data = {config.path(name) for name in (*config.data, *config.eval_data)}
-    return {str(folder): weights_hash(folder) for folder in _read(config) if folder.is_dir() and folder not in data}
+    found = [path for path in _read(config) if path not in data and path.exists()]
+    return {str(path): weights_hash(path) if path.is_dir() else sha256_file(path) for path in found}
 
 
 def _processes(arguments: Any) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def _parts(logs: dict[str, Any], start: str) -> str:
 
 SHOWN = {"fit": "fit", "bias": "bias", "nll": "NLL", "kl": "KL", "reward": "reward", "accuracy": "in order",
          "accuracy_of_change": "gained in order", "rho_align": "ρ agree", "rho_conflict": "ρ conflict",
-         "clip_fraction": "clipped", "explained_variance": "V explains"}  # fmt: skip
+         "kl_reference": "KL", "entropy": "entropy",
+         "retention": "retention", "clip_fraction": "clipped"}  # fmt: skip
 
 
 def _others(logs: dict[str, Any]) -> str:

@@ -31,12 +31,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from curate.errors import InputError
 from train.data import Examples
 from train.folder import checkpoints, mark, whole
-from train.methods.base import Method
+from train.methods.base import Method, RunAway
 from train.models import adapters_kept
 from train.parallel import Whole, compile_layers, shards_on_cpus
 from train.tally import Tally
 
 STATE = "method.safetensors"
+SOUND = "sound"  # in it: the step at which the phase began
 
 
 class RehearseTrainer(Trainer):
@@ -59,6 +60,8 @@ class RehearseTrainer(Trainer):
         self.met: list[int] = []  # rows of the step so far, of this process
         self.tokens, self.clock = 0, time.monotonic()
         self.whole: Whole | None = None  # the parameters, where the model is sharded
+        self.phase: int | None = None  # of the method
+        self.sound = 0  # the step at which it began
         if self.args.torch_compile:
             compile_layers(more["model"], self.args.torch_compile_backend, self.args.torch_compile_mode)
         self.add_callback(_AfterStep(method, self._total))
@@ -100,7 +103,15 @@ class RehearseTrainer(Trainer):
         """The batches of a step, filled by the method, and the method's size of them."""
         batches = list(islice(epoch_iterator, num_batches))
         with self.compute_loss_context_manager():  # what is measured here is compared with the step's own passes
-            found = self.method.fill(self.model, batches)
+            try:
+                found = self.method.fill(self.model, batches)
+            except RunAway as far:
+                self._turn_back(far)
+            except InputError:  # a judge that is gone: what was trained so far is sound, and kept
+                self._keep()
+                raise
+        if self.method.phase != self.phase:  # and the policy was looked at
+            self.phase, self.sound = self.method.phase, self.state.global_step
         return found, self._get_num_items_in_batch(list(found), device) if found else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -121,7 +132,10 @@ class RehearseTrainer(Trainer):
         normaliser = num_items_in_batch
         if normaliser is None:  # evaluation: every batch by itself
             normaliser = self.method.size(inputs)
-        loss, logged = self.method.loss(model, inputs, normaliser)
+        try:
+            loss, logged = self.method.loss(model, inputs, normaliser)
+        except RunAway as far:
+            self._turn_back(far)
         if not model.training:
             self.evaluated.add_rows(logged, inputs, lambda values: self._once(values, inputs))
             return (loss, {"loss": loss.detach()}) if return_outputs else loss
@@ -192,6 +206,38 @@ class RehearseTrainer(Trainer):
             + (f"{kept[-1].name} is whole" if kept else "there is no checkpoint yet"),
         )
 
+    def _keep(self) -> None:
+        """A checkpoint of the last step, where there is none and checkpoints are wanted."""
+        step = self.state.global_step
+        if step and self.args.save_strategy != "no" and not (self.folder / f"checkpoint-{step}").exists():
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def end(self) -> None:
+        """A last look at what came out, before it is published.
+
+        Raises:
+            InputError: it has run away.
+        """
+        with self.compute_loss_context_manager():
+            try:
+                self.method.end(self.model)
+            except RunAway as far:
+                self._turn_back(far)
+
+    def _turn_back(self, far: RunAway) -> NoReturn:
+        kept = self._sound()
+        if kept is None:
+            back = "there is no checkpoint from before: begin again"
+        else:
+            back = f"{kept.name} is from before: begin again, or go on from it as model={kept} with another out"
+        raise InputError(f"step {self.state.global_step + 1}: {far.seen}", remedy=f"{far.remedy}; {back}") from None
+
+    def _sound(self) -> Path | None:
+        """The newest checkpoint up to the beginning of the phase; None: there is none, or the method has no phases."""
+        kept = checkpoints(self.folder) if self.method.phase is not None else []
+        before = [c for c in kept if int(c.name.rpartition("-")[2]) <= self.sound]
+        return before[-1] if before else None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's values, the method's, losses by group, tokens a second and MFU."""
         if self.tally.rows and "loss" in logs:
@@ -238,7 +284,10 @@ class RehearseTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process has written its part
                 if self.args.should_save:
-                    if state := self.method.state_dict():
+                    state = self.method.state_dict()
+                    if self.method.phase is not None:
+                        state[SOUND] = torch.tensor(self.sound)
+                    if state:
                         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
                     mark(folder, self.state.global_step, self.identity)
         finally:
@@ -247,7 +296,7 @@ class RehearseTrainer(Trainer):
             self._drop_old(limit)
 
     def _drop_old(self, limit: int) -> None:
-        kept = {self.state.best_model_checkpoint}
+        kept = {self.state.best_model_checkpoint, str(self._sound())}
         others = [c for c in checkpoints(self.folder) if str(c) not in kept]
         for folder in others[: max(0, len(others) - limit)]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -281,7 +330,10 @@ class RehearseTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """The method's state of a checkpoint."""
         if (checkpoint / STATE).is_file():
-            self.method.load_state_dict(load_file(checkpoint / STATE))
+            state = load_file(checkpoint / STATE)
+            self.sound = int(state.pop(SOUND, torch.tensor(0)))
+            self.method.load_state_dict(state)
+            self.phase = self.method.phase
 
 
 def _operations(model: Any) -> float:
@@ -301,10 +353,16 @@ class _AfterStep(TrainerCallback):
         self.method, self.total = method, total
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Gradients of what the method trains beside the model: their mean over processes, as of the model's."""
-        for parameter in self.method.parameters():
+        """Gradients of what the method trains beside the model: their mean over processes, clipped by themselves."""
+        own = [p for p in self.method.parameters() if p.grad is not None]
+        for parameter in own:
             if args.world_size > 1 and parameter.grad is not None:
                 parameter.grad = self.total(parameter.grad) / args.world_size
+        if own and args.max_grad_norm:
+            norm = torch.nn.utils.clip_grad_norm_(own, args.max_grad_norm)
+            if not math.isfinite(float(norm)):
+                raise InputError(f"step {state.global_step + 1}: the norm of the value function's gradient is {norm}",
+                                 remedy="lower learning_rate, or value.weight")  # fmt: skip
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The place of a dual ascent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_exponential
 
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.models.base import Prompt
 
+LOG = logging.getLogger(__name__)  # says that a function is asked again
 PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
 
 
@@ -61,12 +63,14 @@ class Function:
         messages = [[dict(m) for m in p.messages] for p in prompts]
         tries = Retrying(
             stop=stop_after_attempt(1 + self.retries), wait=wait_exponential(PAUSE, max=60),
-            retry=retry_if_exception(_may_pass), reraise=True,
+            retry=retry_if_exception(_may_pass), reraise=True, before_sleep=before_sleep_log(LOG, logging.WARNING),
         )  # fmt: skip
         try:
             found = tries(self.function, messages, list(completions), [list(r) for r in references])
         except (Exception, SystemExit) as error:  # the user's code may raise anything, or leave
             again = f" in each of {1 + self.retries} tries" if self.retries and _may_pass(error) else ""
+            if not again and (row := self._culprit(messages, completions, references)) is not None:
+                where = f"{self.where}, called with the completion {completions[row][:80]!r} of row {prompts[row].uid}"
             raise InputError(
                 f"{where}, raised {type(error).__name__}{again}: {_said(error)}",
                 remedy="mend the function, or what it asks; it may give None for a completion that it cannot judge",
@@ -83,6 +87,28 @@ class Function:
             raise InputError(f"{where}, gave {str(wrong)[:80]!r} ({type(wrong).__name__}), no number", remedy=remedy)
         return [math.nan if value is None else finite(value) for value in numbers]
 
+    def _culprit(self, messages: Any, completions: Sequence[str], references: Sequence[Sequence[str]]) -> int | None:
+        """Which completion the function raises at when it is asked about it alone; None: at none."""
+        low, high = 0, len(completions)
+        while high - low > 1:
+            middle = (low + high) // 2
+            some = slice(low, middle)
+            if _raises(self.function, messages[some], list(completions[some]), [list(r) for r in references[some]]):
+                high = middle
+            else:
+                low = middle
+        alone = slice(low, low + 1)
+        raised = _raises(self.function, messages[alone], list(completions[alone]), [list(r) for r in references[alone]])
+        return low if raised else None
+
+
+def _raises(function: Callable[..., Any], *arguments: Any) -> bool:
+    try:
+        function(*arguments)
+    except (Exception, SystemExit):  # as above
+        return True
+    return False
+
 
 def _may_pass(error: BaseException) -> bool:
     """Python's own errors, OSError aside, say that the function is wrong; those of libraries may be a server's."""
@@ -91,7 +117,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def _said(error: BaseException) -> str:
     try:
-        return str(error)[:300]
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:300])  # a terminal obeys some
     except Exception:  # an exception of the user's code may fail to say what it is
         return "(it cannot be printed)"
 

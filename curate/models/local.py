@@ -267,8 +267,11 @@ class LocalModel:
         return found
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does: its model, normaliser and added tokens, special tokens, chat template."""
+def tokenizer_fingerprint(tokenizer: Any, template: bool = True) -> str:
+    """Hash of what a tokenizer does: its model, normaliser and added tokens, special tokens, chat template.
+
+    Without `template`: of what text becomes alone.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         body = json.loads(backend.to_str())
@@ -277,7 +280,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         body = dict(tokenizer.get_vocab())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return content_hash([body, special, tokenizer.chat_template])
+    return content_hash([body, special, tokenizer.chat_template] if template else body)
 
 
 def _pad(tokenizer: Any) -> int:

@@ -133,16 +133,22 @@ def test_a_function_that_leaves_does_not_end_the_build(tmp_path):
         ("ConnectionError('refused')", 4),  # the first and three more
         ("TimeoutError()", 4),
         ("httpx.ConnectError('refused')", 4),
-        ("ValueError('wrong')", 1),  # the function's own fault: it will be so again
-        ("SystemExit(1)", 1),
+        ("ValueError('wrong')", 2),  # the function's own fault: asked once more, about this completion alone
+        ("SystemExit(1)", 2),
     ],
 )
 def test_what_may_pass_is_tried_again(tmp_path, monkeypatch, raised, tries):
     monkeypatch.setattr(module, "PAUSE", 0.0)
     reward = write_function(tmp_path, f"import httpx; open({str(tmp_path / 'log')!r}, 'a').write('.'); raise {raised}")
-    with pytest.raises(InputError, match=r"in each of 4 tries" if tries > 1 else "raised"):
+    with pytest.raises(InputError, match=r"in each of 4 tries" if tries == 4 else "raised"):
         judge(reward, ["a"], [[]])
     assert (tmp_path / "log").read_text() == "." * tries
+
+
+def test_the_completion_that_a_function_raises_at_is_named(tmp_path):
+    reward = write_function(tmp_path, "return [1 / (c != 'bad') for c in completions]")
+    with pytest.raises(InputError, match=r"called with the completion 'bad' of row u3, raised ZeroDivisionError"):
+        judge(reward, ["a", "b", "c", "bad", "e"], [[]] * 5)
 
 
 def test_a_server_that_comes_back_is_no_error(tmp_path, monkeypatch):

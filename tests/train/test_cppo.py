@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_run import ROOT, STARTER, TINY, same, weights
+from tokenizers.normalizers import Lowercase
 
 from curate.build import build
 from curate.errors import InputError
@@ -22,6 +24,8 @@ from train.folder import checkpoints
 from train.losses.cppo import heuristic_weights
 from train.methods.cppo import Cppo
 from train.phases import Phases
+from train.reinforce import read_prompts
+from train.rollouts import Rollouts
 from train.run import run
 from train.settings import load
 
@@ -49,6 +53,7 @@ def place(tmp_path_factory):
         "    found = [1.0 - len(c) / 40 for c in completions]\n"
         "    if how == 'nan': found[3] = float('nan')\n"
         "    if how == 'none': found[3] = None\n"
+        "    if how == 'huge': found[3] = 1e300\n"
         "    return found[:-1] if how == 'count' else found\n"
         "def vowels(prompts, completions, references):\n"
         "    return [sum(c in 'aeiou' for c in text) / max(1, len(text)) for text in completions]\n"
@@ -234,7 +239,8 @@ def test_accumulation_changes_nothing(place, tmp_path):
     trained(place, tmp_path / "parts", "max_steps=2", "per_device_train_batch_size=2", "gradient_accumulation_steps=2")
     a, b = weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model")
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-6
-    assert same(load_file(tmp_path / "whole/value.safetensors"), load_file(tmp_path / "whole/value.safetensors"))
+    a, b = (load_file(tmp_path / f"{name}/value.safetensors") for name in ("whole", "parts"))
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-6 and float(a["bias"].abs()) > 1e-3
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -258,7 +264,7 @@ def test_group_advantages_and_their_closed_form(place, tmp_path):
     lines = trained(place, tmp_path / "out", "rollouts={prompts: 2, k: 4}", "max_steps=2", "level=sequence",
                     "retention={weight: 0.5}", name="grpo")  # fmt: skip
     samples = held(tmp_path / "out")
-    whole = samples["score"] + -1.0 * (1 - samples["ended"])
+    whole = samples["score"]  # grpo: nothing for a missing end
     groups = whole.reshape(2, 4)
     z = ((groups - groups.mean(1, keepdim=True)) / groups.std(1, keepdim=True, unbiased=False)).flatten()
     z = torch.where(z.isfinite(), z, 0)
@@ -323,6 +329,10 @@ def test_a_critic_of_its_own_learns(place, tmp_path):
     before = weights(place / "start")
     key = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(state[f"critic.{key}"], before[key])
+    assert torch.equal(weights(tmp_path / "out/value")[key], state[f"critic.{key}"])
+    again = trained(place, tmp_path / "next", f"value={{model: {tmp_path / 'out/value'}, head: "
+                    f"{tmp_path / 'out/value.safetensors'}}}", "max_steps=1")  # fmt: skip
+    assert again[0]["explained_variance"] != 0, "the next stage begins with what was learned"
 
 
 def test_a_phase_can_be_trained_on_alone(place, plain, tmp_path):
@@ -336,6 +346,82 @@ def test_a_phase_can_be_trained_on_alone(place, plain, tmp_path):
         sorted((b["logps"] * b["mask"]).sum(1).tolist()))  # fmt: skip
     assert lines[0]["clip_fraction"] == 0
     assert check(tmp_path / "out/rollouts/phase-00000") == []
+
+
+def test_offline_takes_rollouts_as_they_were_drawn_and_judged(place, plain, tmp_path):
+    """Other temperatures and rules are refused; the stored policy and reward stay the rollouts'; each comes round."""
+    data = f"data={place / 'plain/rollouts/phase-00000'}"
+    with pytest.raises(InputError, match=r"drawn at temperature 0\.7; .*\n.*set rollouts\.temperature=0\.7"):
+        trained(place, tmp_path / "warm", data, "rollouts.offline=true")
+    offline = (data, "rollouts.offline=true", "rollouts.temperature=0.7", "reward=exact")
+    with pytest.raises(InputError, match=r"set weights\.k=0\.5"):
+        trained(place, tmp_path / "rule", *offline, "weights.k=1.5")
+    trained(place, tmp_path / "out", *offline, "max_steps=1")
+    before, after = (read(f) for f in (place / "plain/rollouts/phase-00000", tmp_path / "out/rollouts/phase-00000"))
+    for column in ("reward_id", "temperature", "policy", "tokenizer"):
+        assert set(before.completions[column]) == set(after.completions[column]), column
+    phases = Phases(Rows(), 10, 2, 1, 0)
+    stored = {"a": [{"uid": i} for i in range(5)]}
+    rollouts = SimpleNamespace(phases=phases, sampling=SimpleNamespace(k=2), stored=stored)
+    seen = [[row["uid"] for row in Rollouts._kept_rows(rollouts, n, ["a", "a"])] for n in range(3)]
+    assert seen == [[0, 1], [2, 3], [4, 0]]
+
+
+def test_random_weights_are_their_own_reference(place, tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    lines = trained(place, tmp_path / "out", "model=null", f"init={tmp_path / 'tiny.json'}", "max_steps=1",
+                    f"tokenizer={STARTER}")  # fmt: skip
+    assert abs(lines[0]["kl_reference"]) < 1e-5 and lines[0]["retention"] < 1e-9
+
+
+def test_a_reference_with_a_window_is_measured_within_it(place, tmp_path):
+    """A block mask would take its window away: samples stand in rows of their own then."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    fixed = {k: v for k, v in TINY.items() if k != "model_type"}
+    MistralForCausalLM(MistralConfig(**fixed, sliding_window=16)).save_pretrained(tmp_path / "window")
+    tokenizer = AutoTokenizer.from_pretrained(STARTER)
+    tokenizer.save_pretrained(tmp_path / "window")
+    trained(place, tmp_path / "out", f"kl={{reference: {tmp_path / 'window'}, most: 1000}}", "max_steps=1",
+            "rollouts={prompts: 4, k: 2}")  # fmt: skip
+    samples = held(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "window", dtype=torch.float32).eval()
+    config, _ = load(CppoConfig, place / "run.yaml", words(place, "x"))
+    kept = read_prompts(config, tokenizer, {1}, 1024).rows
+    for i in range(8):
+        row = int(samples["row"][i])
+        prompt = kept.row_tokens(row)[: kept.first_target[row]].tolist()
+        answer = samples["tokens"][i][samples["mask"][i] != 0].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        found = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(samples["reference"][i][: len(answer)], found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_judged_may_have_a_worth(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD", "nan")
+    trained(place, tmp_path / "out", "max_steps=1", "unjudged=-3")
+    assert (held(tmp_path / "out")["score"] == -3).sum() == 1
+
+
+def test_an_edited_reward_is_another_run(place, tmp_path):
+    trained(place, tmp_path / "out", "max_steps=2")
+    text = (place / "length.py").read_text()
+    try:
+        (place / "length.py").write_text(text + "# edited\n")
+        with pytest.raises(InputError, match="another run"):
+            trained(place, tmp_path / "out", "max_steps=4")
+    finally:
+        (place / "length.py").write_text(text)
+
+
+def test_damaged_samples_are_told(place, tmp_path):
+    trained(place, tmp_path / "out", "max_steps=2")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    (tmp_path / "out/rollouts/phase-00000/samples.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"samples.safetensors: not the samples of this run's phase"):
+        trained(place, tmp_path / "out", "max_steps=2")
 
 
 def test_a_bucket_by_hand_is_trained_on(place, plain, tmp_path):
@@ -380,8 +466,8 @@ def test_rewards_against_references(place, tmp_path):
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ("nan", r"nan for a completion of uid [0-9a-f]{32}"),
-        ("none", r"(None|nan) for a completion of uid [0-9a-f]{32}|None"),
+        ("nan", r"no finite number for a completion of uid [0-9a-f]{32}"),
+        ("none", r"no finite number for a completion of uid [0-9a-f]{32}"),
         ("count", "8 completions .* gave 7 numbers"),
         ("raises", "no server"),
     ],
@@ -396,9 +482,57 @@ def test_a_reward_that_cannot_be_used_stops_the_run_before_the_step(place, tmp_p
 
 
 def test_a_policy_that_runs_away_is_stopped(place, tmp_path):
-    with pytest.raises(InputError, match=r"phase 2: the policy is .* nats a sample from its reference, kl.most is"):
-        trained(place, tmp_path / "out", "kl.most=0.00001", "learning_rate=1")
-    assert [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+    """Phase 2 has moved by step 4, and nobody knows what step 3 did: checkpoint-2 is where it was still near."""
+    with pytest.raises(InputError, match=r"step 4: within phase 2 .* nats a sample, kl.most is 0\.06") as info:
+        trained(place, tmp_path / "out", "kl.most=0.06", "learning_rate=1", "max_steps=6", "max_grad_norm=1000",
+                "lr_scheduler_type=constant_with_warmup", "warmup_steps=6")  # fmt: skip
+    assert "checkpoint-2 is from before" in str(info.value)
+
+
+def test_the_last_sound_checkpoint_outlives_newer_ones(place, tmp_path):
+    """Two phases of eight steps; the second begins at 8 and is sound, so 8 stays while 15 and 16 come."""
+    trained(place, tmp_path / "out", "max_steps=16", "save_total_limit=2", "rollouts={prompts: 8, passes: 4}")
+    assert [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-8", "checkpoint-15", "checkpoint-16"]
+
+
+def test_a_policy_that_runs_away_within_a_phase_is_stopped(place, tmp_path):
+    with pytest.raises(InputError, match=r"(?s)step 2: within phase 1 .*there is no checkpoint"):
+        trained(place, tmp_path / "out", "max_steps=2", "learning_rate=30", "save_strategy=no", "max_grad_norm=1000",
+                "kl.most=1")  # fmt: skip
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_what_the_last_step_ruins_is_not_published(place, tmp_path):
+    with pytest.raises(InputError, match=r"within phase 1 the policy has moved by"):
+        trained(place, tmp_path / "out", "max_steps=1", "learning_rate=30", "max_grad_norm=1000", "kl.most=1")
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_what_was_trained_before_a_judge_was_gone_is_kept(place, tmp_path, monkeypatch):
+    """No checkpoint was due, yet the two steps of the first phase need not be taken again; and they give the same."""
+    wanted = ("save_steps=500", "weights.kind=learned", "optim=adamw_torch", "learning_rate=0.001")
+    trained(place, tmp_path / "whole", *wanted)
+    phase, plain = Rollouts.phase, []
+
+    def gone(self, number, *more):
+        plain.append(number)
+        if number == 1:
+            monkeypatch.setenv("REWARD", "raises")
+        return phase(self, number, *more)
+
+    monkeypatch.setattr(Rollouts, "phase", gone)
+    with pytest.raises(InputError, match="no server"):
+        trained(place, tmp_path / "out", *wanted)
+    monkeypatch.undo()
+    assert plain == [0, 1] and [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    again = trained(place, tmp_path / "out", *wanted)
+    assert same(weights(tmp_path / "out/model"), weights(tmp_path / "whole/model")) and len(again) == 4
+
+
+def test_a_reward_beyond_reason_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD", "huge")
+    with pytest.raises(InputError, match=r"1e\+300 for a completion of uid [0-9a-f]{32}"):
+        trained(place, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +541,14 @@ def test_a_policy_that_runs_away_is_stopped(place, tmp_path):
         (["packing=true"], "samples here are fresh"),
         (["eval_data=FOLDER/data"], "train eval"),
         (["advantages=group"], "rollouts.k is 2 or more"),
+        (["level=sequence"], "GSPO's, whose samples have one advantage each"),
+        (["retention={anchor: rollout, model: FOLDER/start}"], "is the anchor `previous_task`"),
         (["kl.reference=FOLDER/other"], "an anchor speaks of the same tokens"),
+        (["retention.model=FOLDER/short"], "positions for 64 tokens, the longest sample may have"),
+        (["value.model=FOLDER/short"], "positions for 64 tokens"),
+        (["kl.reference=FOLDER/words"], "its tokenizer is another one"),
+        (["kl={coef: 0, target: 1}"], "`target` multiplies `coef`"),
+        (["kl={target: 1, horizon: 1}"], "`kl.horizon` is in samples"),
         (["model=FOLDER/dropout"], "dropout"),
         (["rollouts.offline=true"], "no sample with a prompt and 1 rollouts of known reward"),
         (["rollouts.max_new_tokens=2000"], "no sample with a prompt"),
@@ -419,10 +560,14 @@ def test_bad_settings(place, tmp_path, more, match):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     fixed = {k: v for k, v in TINY.items() if k != "model_type"}
-    for name, changed in (("other", {"vocab_size": 7000}), ("dropout", {"attention_dropout": 0.1})):
-        if any(name in word for word in more):
+    for name, changed in (("other", {"vocab_size": 7000}), ("dropout", {"attention_dropout": 0.1}),
+                          ("short", {"max_position_embeddings": 64}), ("words", {})):  # fmt: skip
+        if any(f"/{name}" in word for word in more):
             LlamaForCausalLM(LlamaConfig(**fixed | changed)).save_pretrained(place / name)
-            AutoTokenizer.from_pretrained(STARTER).save_pretrained(place / name)
+            tokenizer = AutoTokenizer.from_pretrained(STARTER)
+            if name == "words":
+                tokenizer.backend_tokenizer.normalizer = Lowercase()
+            tokenizer.save_pretrained(place / name)
     with pytest.raises(InputError, match=match):
         trained(place, tmp_path / "out", *(word.replace("FOLDER", str(place)) for word in more))
     assert not (tmp_path / "out/model").exists()

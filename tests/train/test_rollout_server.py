@@ -109,7 +109,7 @@ def test_a_server_that_takes_up_the_weights_draws_from_the_policy(place, policy,
     """Words of a trained model tokenise as they were drawn; those of random weights would not."""
     lines = trained(place, tmp_path / "out", policy, "rollouts.sync=syncing:push")
     assert policy.requests == 16  # two phases of eight samples
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("phase")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("phase") and "reward" in line]
     assert len(said) == 2 and all("the server is 0.000 nats a token from the policy" in line for line in said), said
     assert not any("has it the weights" in line for line in said)
     for phase in (0, 1):

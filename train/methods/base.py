@@ -17,10 +17,22 @@ Logged = dict[str, Tensor]
 which is logged by origin and task too. `loss` is of rows."""
 
 
+class RunAway(Exception):
+    """The policy has gone too far: what was seen, and what helps."""
+
+    def __init__(self, seen: str, remedy: str) -> None:
+        super().__init__(seen)
+        self.seen, self.remedy = seen, remedy
+
+
 class Method(Protocol):
     """One way to train."""
 
     name: str
+
+    @property
+    def phase(self) -> int | None:
+        """Number of the phase that a step belongs to; None: the method has none."""
 
     def parameters(self) -> list[nn.Parameter]:
         """What the method trains beside the model: a value function."""
@@ -47,6 +59,13 @@ class Method(Protocol):
         `total` adds a tensor up over all processes, which must ask for the same ones.
         """
 
+    def end(self, model: Any) -> None:
+        """Called after the last step, before the model is published.
+
+        Raises:
+            RunAway: it should not be.
+        """
+
     def state_dict(self) -> dict[str, Tensor]:
         """The method's own state, for a checkpoint."""
 
@@ -56,6 +75,11 @@ class Method(Protocol):
 
 class Memoryless:
     """A method that is its loss: no penalty, nothing that moves with the steps, nothing to store."""
+
+    @property
+    def phase(self) -> int | None:
+        """None."""
+        return None
 
     def parameters(self) -> list[nn.Parameter]:
         """None."""
@@ -71,6 +95,9 @@ class Memoryless:
 
     def after_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """Nothing moves."""
+
+    def end(self, model: Any) -> None:
+        """Nothing to look at."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing."""

@@ -3,11 +3,13 @@
     L = mean_t α(x) L^CLIP + c_R · mean_t β(x) (log π_θ − log π_{t−1})² + c_V · mean_t L^VF
 
 over the tokens of a step; α and β come from a sample's bucket (`train/losses/cppo.py`). `advantages="group"` is GRPO
-(GSPO with level="sequence"): no values, and the KL to the reference is a term of the loss, as in its paper; weights and
-retention are the same. A phase of samples is drawn, judged and measured before its first step (`train/rollouts.py`).
+(GSPO with level="sequence"): no values, and the KL to the reference is a term of the loss; weights and retention are
+the same. A phase of samples is drawn, judged and measured before its first step (`train/rollouts.py`).
 
 Departures from the paper, or from official code: those of the losses, and
 - Buckets' moments are those of the whole phase (the code: of the last chunk of 32 samples).
+- `group` with level "token" divides by the tokens of the step (DAPO), where GRPO's paper takes each sample's mean
+  first; samples of a prompt that a phase asks twice are one group.
 - The adaptive coefficient follows the KL to the reference, per sample of a phase, and moves between phases.
 """
 
@@ -22,7 +24,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curate.errors import InputError
 from train.layout import of_samples
 from train.logprobs import token_values
 from train.losses.cppo import (
@@ -39,10 +40,11 @@ from train.losses.cppo import (
     value_loss,
     whiten,
 )
-from train.methods.base import Batch, Logged, Memoryless
+from train.methods.base import Batch, Logged, Memoryless, RunAway
 from train.methods.ewc import Fisher, held, plain_name
 from train.rollouts import BUCKETS, Rollouts, Samples
 
+CALM = "raise kl.coef or give kl.target, or lower learning_rate"
 STALE = 0.1  # nats a token between a server's log-probabilities and the policy's, beyond what half precision does
 
 
@@ -55,6 +57,7 @@ class Cppo(Memoryless):
     head: V of the last hidden state, [n, d] -> [n, 1]; None for `advantages="group"`.
     critic: a model of its own below the head; None: the policy's states.
     say: tells the user a line.
+    show: phases from one that shows its best and its worst sample to the next; 0: none does.
     """
 
     rollouts: Rollouts
@@ -83,6 +86,7 @@ class Cppo(Memoryless):
     ewc: float = 0.0
     fishers: list[Fisher] = field(default_factory=list)
     seed: int = 0
+    show: int = 1
     say: Any = print
     name: str = "cppo"
 
@@ -91,6 +95,11 @@ class Cppo(Memoryless):
         self.met = math.nan  # its KL to the reference, nats a sample
         self.samples: Samples | None = None
         self.made: dict[str, Tensor] = {}  # of the samples: advantages, returns [n, t]; alpha, beta [n]
+
+    @property
+    def phase(self) -> int | None:
+        """The one that the samples are of."""
+        return self.number
 
     def parameters(self) -> list[nn.Parameter]:
         """Of the value function."""
@@ -112,15 +121,17 @@ class Cppo(Memoryless):
         self.number, self.samples = number, samples
         self.met = float(((samples.logps - samples.reference) * samples.mask).sum() / len(samples.row))
         if not self.met <= self.kl_most:
-            raise InputError(
-                f"phase {number + 1}: the policy is {self.met:.1f} nats a sample from its reference, kl.most is "
-                f"{self.kl_most:g}",
-                remedy="raise kl.coef or give kl.target, or lower learning_rate; the last checkpoint is whole",
-            )
+            raise RunAway(f"phase {number + 1}: the policy is {self.met:.1f} nats a sample from its reference, kl.most "
+                          f"is {self.kl_most:g}", CALM)  # fmt: skip
+        if float(samples.ended.sum()) == 0:
+            self.say(f"phase {number + 1}: no completion has ended within rollouts.max_new_tokens")
         self.made = self._worth(samples)
         self.say(self._line(samples))
-        for i in sorted({int(samples.score.argmax()), int(samples.score.argmin())}):
-            self.say(self._sample(samples, i))
+        if len(samples.score) > 1 and float(samples.score.std()) == 0:
+            self.say(f"  every reward is {float(samples.score[0]):.4g}: it says nothing of which answer is better")
+        if self.show and number % self.show == 0:
+            for i in sorted({int(samples.score.argmax()), int(samples.score.argmin())}):
+                self.say(self._sample(samples, i))
 
     def _worth(self, samples: Samples) -> dict[str, Tensor]:
         """Advantages and returns [n, t], α and β [n]."""
@@ -148,23 +159,41 @@ class Cppo(Memoryless):
 
     def _line(self, samples: Samples) -> str:
         shares = {name: samples.bucket.count(name) / len(samples.bucket) for name in BUCKETS}
-        others = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share)
+        others = ", ".join(self._share(samples, name, share) for name, share in shares.items() if share)
         stale = ""
         if samples.gap is not None:
             doubt = ": has it the weights of this step?" if samples.gap > STALE else ""
             stale = f" · the server is {samples.gap:.3f} nats a token from the policy{doubt}"
+        length = float(samples.mask.sum(1).float().mean())
+        knows = f" · V explains {float(self._explained()):.1%}" if self.head is not None else ""
+        cut = 1 - float(samples.ended.mean())
+        cut_off = f" ({cut:.0%} cut off)" if cut else ""
         return (
-            f"phase {self.number + 1}: reward {float(samples.score.mean()):.3f} · KL to the reference {self.met:.3f} "
-            f"nats a sample · {float(samples.mask.sum(1).float().mean()):.0f} tokens · {others}{stale}"
+            f"phase {self.number + 1}: reward {float(samples.score.mean()):.4g} · KL to the reference {self.met:.3f} "
+            f"nats a sample · {length:.1f} tokens{cut_off}{knows} · "
+            f"{others}{stale}"
         )
+
+    def _share(self, samples: Samples, name: str, share: float) -> str:
+        text = f"{name.replace('_', ' ')} {share:.0%}"
+        if self.weights == "none":
+            return text
+        mine = torch.tensor([bucket == name for bucket in samples.bucket])
+        alpha, beta = (float(self.made[which][mine].mean()) for which in ("alpha", "beta"))
+        return f"{text} (α {alpha:.2f}, β {beta:.2f})"
 
     def _sample(self, samples: Samples, i: int) -> str:
         """A sample for the screen, its text in ASCII: it may hold what a terminal obeys."""
-        tokens = samples.tokens[i][samples.mask[i]].tolist()
-        text = json.dumps(self.rollouts.tokenizer.decode(tokens, skip_special_tokens=True))
+
+        def text(tokens: Any) -> str:
+            return self.rollouts.tokenizer.decode(tokens, skip_special_tokens=True)
+
+        asked = " ".join(text(samples.prompts[i].tolist()).split())[-60:]
+        said = text(samples.tokens[i][samples.mask[i]].tolist())[:80]
         return (
-            f"  {samples.bucket[i].replace('_', ' ')} · reward {float(samples.score[i]):.3f} · α "
-            f"{float(self.made['alpha'][i]):.2f}, β {float(self.made['beta'][i]):.2f} · {text[:80]}"
+            f"  {samples.bucket[i].replace('_', ' ')} · reward {float(samples.score[i]):.4g} · α "
+            f"{float(self.made['alpha'][i]):.2f}, β {float(self.made['beta'][i]):.2f} · … {json.dumps(asked)[1:-1]} → "
+            f"{json.dumps(said)}"
         )
 
     def _batch(self, at: list[int]) -> dict[str, Tensor]:
@@ -177,6 +206,7 @@ class Cppo(Memoryless):
             "mask": samples.mask[at], "old_logps": samples.logps[at], "reference": samples.reference[at],
             "anchor": samples.anchor[at], "old_values": samples.values[at], "advantages": self.made["advantages"][at],
             "returns": self.made["returns"][at], "row": samples.row[at], "score": samples.score[at].float(),
+            "ended": samples.ended[at].float(),
             "alpha": self.made["alpha"][at], "beta": self.made["beta"][at],
             "bucket": torch.tensor([BUCKETS.index(samples.bucket[i]) for i in at]),
         }  # fmt: skip
@@ -208,7 +238,7 @@ class Cppo(Memoryless):
             logged["retention"] = torch.stack([kept.detach() * tokens, size])
         if self.advantages == "group" and self.kl:
             gap = (batch["reference"] - logps).masked_fill(~mask, 0)
-            near = ((gap.clamp(max=40).exp() - gap - 1) * mask).sum() / tokens.clamp_min(1)
+            near = ((gap.clamp(max=40).expm1() - gap) * mask).sum() / tokens.clamp_min(1)
             loss = loss + self.kl * near
             logged["kl_reference_k3"] = torch.stack([near.detach() * tokens, size])
         if self.head is not None:
@@ -229,14 +259,16 @@ class Cppo(Memoryless):
             return torch.stack([values.masked_fill(~mask, 0).sum(dim=1), one])
 
         logged: Logged = {
-            "loss": torch.stack([gain.sum(dim=1), length]),
+            "gain": torch.stack([gain.sum(dim=1), length]),
             "reward": torch.stack([batch["score"], one]), "length": torch.stack([length, one]),
             "kl_reference": summed(batch["old_logps"] - batch["reference"]),
             "entropy": torch.stack([entropy.masked_fill(~mask, 0).sum(), size]),
             **{name: torch.stack([value * size, size]) for name, value in moved.items()},
         }  # fmt: skip
         if self.rollouts.anchor is not None:
-            logged["kl_previous"] = summed(logps - batch["anchor"])
+            logged["kl_previous"] = summed(batch["old_logps"] - batch["anchor"])
+        logged["truncated"] = torch.stack([1 - batch["ended"], one])
+        self._look(float(summed(batch["old_logps"] - logps)[0].mean()))
         for number, name in enumerate(BUCKETS):
             inside = (batch["bucket"] == number).float()
             logged[f"bucket/{name}"] = torch.stack([inside.sum(), one.sum()])
@@ -247,6 +279,18 @@ class Cppo(Memoryless):
             logged["explained_variance"] = self._explained()
         logged["kl_coef"] = torch.tensor(self.kl)
         return logged
+
+    def _look(self, gone: float) -> None:
+        """Stop where KL(π_old‖π_θ), estimated by mean Σ log π_old − log π_θ of the phase's samples, is too large."""
+        if not gone <= self.kl_most:
+            raise RunAway(f"within phase {self.number + 1} the policy has moved by {gone:.1f} nats a sample, kl.most "
+                          f"is {self.kl_most:g}", CALM)  # fmt: skip
+
+    def end(self, model: Any) -> None:
+        """Look once more at the samples of the last phase: no later one does."""
+        if self.samples is not None:
+            now = self.rollouts.again(self.samples, model)
+            self._look(float(((self.samples.logps - now) * self.samples.mask).sum() / len(now)))
 
     def _explained(self) -> Tensor:
         """1 − Var(G − V)/Var(G) over the tokens of the phase."""
