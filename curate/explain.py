@@ -9,25 +9,27 @@ from typing import Any
 import polars as pl
 
 from curate.errors import InputError
-from curate.manifest import Manifest, sequence_logp
+from curate.manifest import Manifest, Rule, Stats, sequence_logp
 
 Row = dict[str, Any]
 SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
 
 
 def explain(manifest: Manifest, uid: str) -> str:
-    """The story of one row, in sentences.
+    """The story of one row, or of one completion, in sentences.
 
     Args:
         manifest: what `curate.manifest.read` gives.
-        uid: a uid, or the beginning of one.
+        uid: a uid of a row or a completion, or the beginning of one.
 
     Raises:
         InputError: no row has this uid, or several rows begin so.
     """
     uid = _whole(manifest, uid)
-    sample = manifest.samples.filter(uid=uid)
+    sample, completion = manifest.samples.filter(uid=uid), manifest.completions.filter(uid=uid)
     try:
+        if completion.height:
+            return "\n".join(_answer(manifest, completion.row(0, named=True)))
         if sample.height:
             return "\n".join(_in(manifest, sample.row(0, named=True)))
         return "\n".join(_out(manifest, manifest.drops.filter(uid=uid).row(0, named=True)))
@@ -40,10 +42,11 @@ def _whole(manifest: Manifest, uid: str) -> str:
     if len(uid) < SHORTEST:
         raise InputError(f"uid {uid!r}: give at least {SHORTEST} digits")
     begins = pl.col("uid").str.starts_with(uid.lower())
-    found = sorted(set(manifest.samples.filter(begins)["uid"]) | set(manifest.drops.filter(begins)["uid"]))
+    tables = (manifest.samples, manifest.completions, manifest.drops)
+    found = sorted(set().union(*(table.filter(begins)["uid"] for table in tables)))
     if not found:
         raise InputError(
-            f"uid {uid!r} is neither in samples.parquet nor in drops.parquet of {manifest.folder}",
+            f"uid {uid!r} is in none of samples.parquet, completions.parquet and drops.parquet of {manifest.folder}",
             remedy="uids are hashes of content: a row of another task, or edited text, has another uid",
         )
     if len(found) > 1:
@@ -61,7 +64,9 @@ def _in(m: Manifest, sample: Row) -> Iterator[str]:
         return
     yield f"{sample['uid']} is in the set, as {sample['origin']}: row {sample['row']} of task {sample['task']!r}."
     yield _excerpt("instruction", sample["instruction"])
-    if sample["origin"] == "current":
+    if "part" in m.provenance:
+        yield f"Why: {m.provenance['part']['what']} asked it. The set that it is a part of tells why it is there."
+    elif sample["origin"] == "current":
         yield story.current(task)
     else:
         instruction = m.instructions.filter(task=sample["task"], instruction=sample["instruction"]).row(0, named=True)
@@ -69,6 +74,30 @@ def _in(m: Manifest, sample: Row) -> Iterator[str]:
         yield from story.instruction(instruction)
         yield from story.draw(sample, task, instruction)
     yield from _policy(m, sample)
+
+
+def _answer(m: Manifest, row: Row) -> Iterator[str]:
+    """What a completion is: whose, how good, how likely, in which bucket and why."""
+    whose = {"policy": f"a rollout of {row['policy']}", "gold": "the source's answer that gave way to a rollout"}
+    yield f"{row['uid']} is a completion: {whose.get(row['origin'], 'an answer that the data brought')}."
+    yield _excerpt("text", row["text"])
+    yield f"Prompt: {row['prompt_uid']} of task {row['task']!r}; `curate explain` tells of it too."
+    if row["reward"] is not None:
+        rank = f", rank {row['rank']} of its prompt's" if row["rank"] is not None else ""
+        yield f"Reward: {_number(row['reward'])} ({_line(row['reward_id'] or 'none')}){rank}."
+    if row["token_logps"] is not None:
+        yield (
+            f"Log-probability: {sequence_logp(row['token_logps']):.4f} nats a token over {row['n_tokens']} tokens"
+            + (f", drawn at temperature {row['temperature']:g}." if row["temperature"] is not None else ".")
+        )
+    facts = m.provenance.get("buckets", {})
+    if row["bucket"] is not None and (given := facts.get("overrides", {}).get(row["uid"])) is not None:
+        yield f"Bucket: {given}, given by hand (buckets.overrides)."
+    elif row["bucket"] is not None and "rule" in facts:
+        rule = Rule(**facts["rule"])
+        populations = {name: Stats(**moments) for name, moments in facts["statistics"].items()}
+        z_p, z_r = rule.z(m.completions.filter(uid=row["uid"]), populations).row(0)
+        yield f"Bucket: {row['bucket']}, as z_P = {z_p:+.2f} and z_R = {z_r:+.2f} against k = {rule.k:g}."
 
 
 class Story:

@@ -198,11 +198,20 @@ def _differences(out: Path, facts: Mapping[str, Any]) -> list[str]:
         mine = json.loads(json.dumps(facts, default=str))
         found = [] if theirs["method"] == mine["method"] else [f"method is {theirs['method']}, here {mine['method']}"]
         for kind in ("settings", "training", "data", "inputs"):
-            there, here = theirs[kind], mine[kind]
+            there, here = _flat(theirs[kind]), _flat(mine[kind])
             found += [f"{key} is {there.get(key, 'not given')!r}, here {here.get(key, 'not given')!r}"
                       for key in sorted({*there, *here}) if there.get(key) != here.get(key)]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+    return found
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Sections by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and bool(value)
+        found |= _flat(value, f"{before}{key}.") if inner else {before + key: value}
     return found
 
 

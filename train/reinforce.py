@@ -148,7 +148,7 @@ def cppo_of(
         rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
         out=Path(config.out), batch_size=of.batch_size, offline=of.offline,
         name=of.server.model if of.server else "policy in training",
-        layout=_layout(asked, longest), server=_server(config, tokenizer), lockstep=lockstep,
+        layout=_layout(asked, longest), server=_server(config, tokenizer), lockstep=lockstep, tell=say,
     )  # fmt: skip
     return Cppo(
         rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,

@@ -9,7 +9,7 @@ weights) is the method's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Rollouts:
         offline: nothing is drawn or judged: the manifest's own rollouts, with the log-probabilities that they have.
         layout: how samples share the rows of a pass.
         server: draws the completions instead of the policy in memory.
+        tell: shows how far a long phase has come.
         lockstep: the model is sharded, so that all processes must make the same passes: each draws and measures all.
     """
 
@@ -116,6 +117,7 @@ class Rollouts:
     offline: bool = False
     layout: Layout = field(default_factory=Layout)
     server: Server | None = None
+    tell: Callable[[str], None] = lambda text: None
     lockstep: bool = False
     rows: dict[str, dict[str, Any]] = field(init=False)
     stored: dict[str, list[dict[str, Any]]] = field(init=False)
@@ -202,7 +204,12 @@ class Rollouts:
         """A completion of each sample; the k of a prompt stand together."""
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         policy = LocalModel.around(plain, self.tokenizer, self.name, self.batch_size)
-        return _joined(policy.generate(prompts, self.sampling))
+        block, found = max(1, 8 * self.batch_size // self.sampling.k), list[Completion]()
+        for start in range(0, len(prompts), block):
+            found += _joined(policy.generate(prompts[start : start + block], self.sampling))
+            if len(prompts) > block:
+                self.tell(f"drawn {len(found):,} of {len(prompts) * self.sampling.k:,}")
+        return found
 
     def _judge(self, uids: Sequence[str], texts: Sequence[str]) -> list[float]:
         if not uids:

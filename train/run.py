@@ -59,7 +59,7 @@ from train.packing import Collator, Items, Packing
 from train.phases import Phases, Slots
 from train.phases import collate as collate_slots
 from train.preferences import Stage, collator, fill, leave_buffer, method_of, read_sets, read_stage
-from train.reinforce import Prompts, cppo_of, read_prompts, write_value
+from train.reinforce import VALUE, Prompts, cppo_of, read_prompts, write_value
 from train.rollouts import FOLDER as ROLLOUTS
 from train.screen import Progress
 from train.sets import SetItems
@@ -198,6 +198,9 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
         leave_buffer(config, stage, tokenizer, out, arguments.seed)
     if isinstance(method, Cppo) and arguments.process_index == 0:
         write_value(method, out)
+        if method.head is not None:
+            screen.tell(f"value function for the next stage: value.head={out / VALUE}"
+                        + (f" value.model={out / 'value'}" if method.critic is not None else ""))  # fmt: skip
     return model_folder
 
 

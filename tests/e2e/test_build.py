@@ -172,7 +172,7 @@ def test_explain_a_row_that_is_in_and_one_that_is_not(shipped):
     assert "this one was not" in outside.stdout or "none of the instruction's" in outside.stdout
     current = manifest.samples.filter(origin="current")["uid"][0]
     assert "belongs to the newest task" in curate("explain", run, current).stdout
-    fails(curate("explain", run, "0123456789abcdef"), "neither in samples.parquet nor in drops.parquet")
+    fails(curate("explain", run, "0123456789abcdef"), "is in none of samples.parquet, completions.parquet")
 
 
 def test_dry_run_does_nothing_else(shipped, tmp_path):

@@ -556,6 +556,10 @@ def test_a_bucket_by_hand_is_honoured_and_told(folder):
     assert second.provenance["buckets"]["statistics"] == first.provenance["buckets"]["statistics"]
     assert check(folder / "by-hand") == []
     assert "given by hand (buckets.overrides): 1" in explain(second, row["prompt_uid"])
+    assert f"Bucket: {new}, given by hand" in explain(second, row["uid"])
+    told = explain(first, row["uid"])
+    assert f"Reward: {row['reward']:g}" in told and f"Bucket: {row['bucket']}, as z_P = " in told
+    assert row["prompt_uid"] in told and "a rollout of" in told
     task = second.tasks.filter(task=row["task"]).row(0, named=True)
     assert task[new] == first.tasks.filter(task=row["task"])[new].item() + 1
     bad = forged(folder / "by-hand", folder / "bad", provenance=lambda p: p["buckets"]["overrides"].clear())

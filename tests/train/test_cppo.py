@@ -17,6 +17,7 @@ from tokenizers.normalizers import Lowercase
 
 from curate.build import build
 from curate.errors import InputError
+from curate.explain import explain
 from curate.manifest import TABLES, Rule, check, part, read, write
 from curate.models.reward import rouge_l
 from train.config import CppoConfig, GrpoConfig
@@ -132,6 +133,8 @@ def test_a_phase_is_a_sound_manifest_that_says_what_was_drawn(place, plain):
         assert rows.height == 8 and set(rows["batch"]) == {phase}
         expected = [1.0 - len(text) / 40 for text in rows["text"]]
         assert rows["reward"].to_list() == pytest.approx(expected)
+        told = explain(manifest, rows["prompt_uid"][0]), explain(manifest, rows["uid"][0])
+        assert f"rollouts of phase {phase} asked it" in told[0] and "Bucket: " in told[1]
         bucket, _ = Rule(0.5, "mean", "all").assign(rows)
         assert bucket.to_list() == rows["bucket"].to_list()
         assert sorted(samples["score"].tolist()) == pytest.approx(sorted(expected))
