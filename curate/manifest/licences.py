@@ -79,12 +79,12 @@ def hub_ids(name: str | None) -> list[str]:
 
 
 def warning(samples: pl.DataFrame) -> str | None:
-    """One line about the samples whose licence forbids a use; None where none does."""
+    """One line about the samples whose licence forbids a use; None where none does (an unknown one may: the card)."""
     counts = Counter[str]()
     for name, n in samples.group_by("license").len().iter_rows():
         for limit in limits(name):
             counts[limit] += n
-    if not counts:
+    if not counts.keys() - {"unknown"}:
         return None
     parts = [f"{limit} {counts[limit]:,}" for limit in LIMITS if counts[limit]]
     return f"licences of the sources restrict the use of rows: {', '.join(parts)}; the card (README.md) tells which"
