@@ -22,7 +22,7 @@ def heat_map(
     rows, columns = scores.shape
     numbers = columns <= 20 and rows <= 40
     with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9,
-                                "text.parse_math": False}):  # fmt: skip
+                                "text.parse_math": False, "figure.constrained_layout.use": False}):  # fmt: skip
         width, height = max(0.6 * columns, 1.8), max(0.34 * rows, 0.7)  # inches of the cells; labels come beside them
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 import xml.dom.minidom
 from dataclasses import replace
 from pathlib import Path
@@ -190,14 +191,16 @@ def test_ranked_answers_that_do_not_fit_are_told(ranked, tmp_path):
              "metric": "ranking"}))  # fmt: skip
 
 
-def test_the_heat_map_leaves_the_figures_of_a_notebook_alone(tmp_path):
+def test_the_heat_map_leaves_the_figures_of_a_notebook_alone(tmp_path, monkeypatch):
     from matplotlib import pyplot
 
+    monkeypatch.setitem(pyplot.rcParams, "figure.constrained_layout.use", True)
     try:
         pyplot.switch_backend("svg")
         mine = pyplot.figure()
-        heat_map(np.eye(2), ["a", "b"], ["t1", "t2"], "exact", tmp_path / "a.svg")
-        assert pyplot.get_backend() == "svg" and pyplot.get_fignums() == [mine.number]
+        with warnings.catch_warnings(record=True) as warned:
+            heat_map(np.eye(2), ["a", "b"], ["t1", "t2"], "exact", tmp_path / "a.svg")
+        assert not warned and pyplot.get_backend() == "svg" and pyplot.get_fignums() == [mine.number]
     finally:
         pyplot.close("all")
         pyplot.switch_backend("agg")
