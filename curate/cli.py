@@ -195,6 +195,7 @@ def export(
 def report(
     run: Annotated[Path, typer.Argument(help="folder of a manifest, or of a phase of reinforcement learning")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[out=FILE]", help="where the page goes")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the file that is there")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Make report.html: what the model will forget, what was picked, and why each row. One file that opens offline.
@@ -209,7 +210,7 @@ def report(
     with _errors():
         from curate.report import report as make
 
-        path = make(run, _settings(settings or [], ("out",)).get("out"))
+        path = make(run, _settings(settings or [], ("out",)).get("out"), force)
         if not quiet:
             Console().print(f"page: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
@@ -233,12 +234,17 @@ def diff(
     with _errors():
         from curate.diff import diff as compared
         from curate.diff_view import page, screen
+        from curate.errors import InputError
         from curate.files import refuse_existing, replace_text
         from curate.manifest import read
 
         if html:
             refuse_existing(html, force, "--html")
-        found = compared(read(a), read(b))
+        try:
+            found = compared(read(a), read(b))
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # tables are checked, facts are not
+            raise InputError(f"{a} or {b}: provenance.json does not hold what a build writes ({type(error).__name__})",
+                             remedy=f"`curate check` says more: {a}, {b}") from None  # fmt: skip
         if html:
             replace_text(html, page(found))
         if as_json:

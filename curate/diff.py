@@ -114,7 +114,9 @@ class _Side:
     @cached_property
     def drops(self) -> dict[str, tuple[str, str]]:
         """Uid of a row that was left out -> step and reason."""
-        return {uid: (step, reason) for uid, step, reason in self.manifest.drops.select("uid", "step", "reason").rows()}
+        rows = self.manifest.drops.select("uid", "step", "reason").rows()
+        # of rows that read alike one could be drawn, and the others are duplicates of it
+        return {uid: (step, reason) for uid, step, reason in sorted(rows, key=lambda row: row[1] == "sample")}
 
     @cached_property
     def places(self) -> dict[tuple[str, int], str | None]:
@@ -154,6 +156,8 @@ def _why(row: Mapping[str, Any], here: _Side, there: _Side, move: str) -> tuple[
     if row["origin"] == "augmented":
         return _why_rewrite(row, here, there, move)
     if uid not in there.drops:
+        if "part" in there.manifest.provenance:
+            return "part", f"{there.manifest.folder} is {there.manifest.provenance['part']['what']}, which lacks it"
         if (task, row["row"]) not in there.places:
             return "source", "the other source has no such row"
         written_by = there.places[task, row["row"]]

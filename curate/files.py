@@ -22,7 +22,7 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        half.write_text(text, encoding="utf-8")
+        half.write_text(text, encoding="utf-8", newline="\n")
         sync(half)
         os.replace(half, path)
     finally:

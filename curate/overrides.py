@@ -26,7 +26,7 @@ def read_overrides(path: str | Path) -> dict[str, str]:
         InputError: no such file, or a line that is no override, with its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a note may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}", remedy="name the file in buckets.overrides") from None
     found: dict[str, str] = {}
@@ -64,7 +64,7 @@ def write_overrides(path: str | Path, buckets: Mapping[str, str], note: str = ""
     rows: dict[str, dict[str, str]] = {}
     if path.exists():
         read_overrides(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         rows = {row["uid"]: row for row in (json.loads(line) for line in lines if line.strip())}
     rows |= {uid: {"uid": uid, "bucket": str(b), **({"note": note} if note else {})} for uid, b in buckets.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

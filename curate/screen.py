@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curate.manifest import Bucket, Manifest
+from curate.manifest.markdown import printable
 
 if TYPE_CHECKING:
     from curate.export import Exported
@@ -99,7 +100,7 @@ class Terminal:
 def task_table(manifest: Manifest) -> Table:
     """What the build did, one row a task."""
     table = Table(
-        title=Text(f"{manifest.provenance['config']['name']}: replay for {current_task(manifest)!r}"),
+        title=Text(f"{printable(manifest.provenance['config']['name'])}: replay for {current_task(manifest)!r}"),
         title_style="bold",
     )
     table.add_column("stage", justify="right")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from curate.errors import InputError
-from curate.manifest import Manifest, Rule, moved_inside, part, sequence_logp, write
+from curate.manifest import Manifest, Rule, moved_inside, part, part_card, sequence_logp, write
 from curate.manifest.schema import TABLES, completion_uid
 from curate.models import Completion, LocalModel, Prompt, Sampling
 from curate.models.local import tokenizer_fingerprint
@@ -365,7 +365,8 @@ class Rollouts:
         facts: dict[str, Any] = {"rule": asdict(self.rule), "statistics": {n: asdict(s) for n, s in stats.items()}}
         if by_hand:
             facts["overrides"] = {rows[i]["uid"]: bucket for i, bucket in by_hand.items()}
-        card = f"# Rollouts of phase {number}\n\n{len(rows)} completions of {len(set(uids))} prompts.\n"
+        said = f"{len(rows)} completions of {len(set(uids))} prompts."
+        card = part_card(f"Rollouts of phase {number}", said, frames, provenance)
         write(folder, frames, {**provenance, "buckets": facts}, card)
         held = {name: getattr(found, name).contiguous().clone() for name in ON_DISK}
         held["bucket"] = torch.tensor([BUCKETS.index(name) for name in found.bucket])

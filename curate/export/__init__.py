@@ -112,7 +112,7 @@ def export(
         text = json.dumps(known | {_name(file): chat.dataset_info(file.name)}, indent=2)
         replace_text(file.with_name(INFO), text + "\n")
     _write(file, rows)
-    return Exported(file, len(rows), skipped, left_out if skipped else None, _notes(manifest, to, rows))
+    return Exported(file, len(rows), skipped, left_out if skipped else None, _notes(manifest, to, rows, origins))
 
 
 def _name(file: Path) -> str:
@@ -149,10 +149,12 @@ def _nothing(manifest: Manifest, to: str, pairs: str, skipped: list[Skipped], or
     return InputError(f"{manifest.folder}: no row can be written as {to}{because}", remedy=remedy)
 
 
-def _notes(manifest: Manifest, to: str, rows: list[Row]) -> list[str]:
+def _notes(manifest: Manifest, to: str, rows: list[Row], origins: Collection[str]) -> list[str]:
     """What the user has to know of the file."""
     notes = []
-    if (weights := (manifest.samples["weight"] != 1).sum()) and not to.endswith(("dpo", "prompts")):
+    weighted = manifest.samples.filter(pl.col("weight") != 1)
+    weights = sum(not origins or origin in origins for origin in weighted["origin"])
+    if weights and not to.endswith(("dpo", "prompts")):
         where = "the column `weight` is for you" if to.startswith("trl") else "they are not in the file"
         notes.append(f"{weights:,} rows have a weight other than 1, which this format does not know: {where}")
     if to == "llamafactory" and any(len(row["conversations"]) > 2 for row in rows):

@@ -66,6 +66,11 @@ def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> s
     return "\n\n".join(parts) + "\n"
 
 
+def part_card(title: str, text: str, frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+    """The card of some prompts of a manifest: so much that `datasets` loads it."""
+    return f"{_front_matter(frames, provenance)}\n\n# {escape(title)}\n\n{escape(text)}\n"
+
+
 def _front_matter(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
     """The YAML block of the hub's conventions: what tables and provenance know, and nothing that they do not.
 

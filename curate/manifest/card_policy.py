@@ -47,6 +47,7 @@ def _models(provenance: Mapping[str, Any]) -> str:
 def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
     facts, rule = provenance["rollouts"], provenance["buckets"]["rule"]
     rolled = frames["completions"].filter(origin="policy")
+    by_hand = len(provenance["buckets"].get("overrides", {}))
     lines = [
         f"{rolled.height:,} completions of {rolled['prompt_uid'].n_unique():,} prompts, {facts['k']} each, at "
         f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
@@ -56,7 +57,8 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
         + (f". {len(facts['skipped']):,} prompts are too long for the policy" if facts["skipped"] else "")
         + ".",
         f"Buckets (CPPO): log-probability ({rule['logp']} over tokens) and reward, standardised over "
-        f"{_population(rule['population'])}, are beyond {rule['k']:g} standard deviations, or the rollout is normal.",
+        f"{_population(rule['population'])}, are beyond {rule['k']:g} standard deviations, or the rollout is normal."
+        + (f" {by_hand:,} were put elsewhere by a person." if by_hand else ""),
         table(
             ["task", "rollouts", *map(str, Bucket), "mean reward"],
             [

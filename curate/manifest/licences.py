@@ -48,7 +48,10 @@ _WORDS = (
     (r"creative[\s-]*commons", "cc"), (r"attribution", "by"), (r"non-?\s*commercial", "nc"),
     (r"share-?\s*alike", "sa"), (r"no-?\s*deriv(ative)?(s|e?s)?(-works)?", "nd"),
 )  # fmt: skip
-_CC = re.compile(r"cc-by(-nc)?(-sa|-nd)?(?:-v?(\d\.\d))?(?:-(international|unported|generic|igo|deed(\.en)?|intl))*")
+_CC = re.compile(
+    r"cc-by(-nc)?(-sa|-nd)?(?:-v?(\d\.\d))?"
+    r"(?:-(international|unported|generic|igo|deed(\.en)?|intl|legalcode(\.[a-z]+)?|[a-z]{2}))*"
+)
 _CC0 = re.compile(r"cc-?(0|zero)(-v?1\.0)?(-universal)?(-public-domain)?(-dedication)?")
 _HUB_CC = {
     *(f"cc-by-{v}" for v in ("2.0", "2.5", "3.0", "4.0")), "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
@@ -94,14 +97,21 @@ def warning(samples: pl.DataFrame) -> str | None:
 def _read(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """(identifier, limits) of every licence that a text names and that has to be kept to."""
     whole = _one(text)
-    if whole[1] != ("unknown",):
+    if "unknown" not in whole[1]:
         return (whole,)
     both = re.search(r"\bAND\b", text) and re.search(r"\bOR\b", text)
     if (options := re.split(r"\s+OR\s+", text.strip("() "))) and len(options) > 1 and not both:
         read = [_read(option) for option in options]
-        return min(read, key=lambda each: len({limit for _, found in each for limit in found}))
+        return min(read, key=_weight)
     parts = [p for p in re.split(r"\s*;\s*|\s+AND\s+|\s+OR\s+|\s*,\s*", text) if p.strip("() ")]
     return tuple(_one(p.strip("()")) for p in parts) if len(parts) > 1 else (whole,)
+
+
+def _weight(read: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[int, ...]:
+    """How little a licence leaves: its limits by their place in LIMITS, the gravest first; more is worse."""
+    gravity = list(LIMITS)
+    found = {limit for _, each in read for limit in each}
+    return tuple(sorted((len(gravity) - gravity.index(limit) for limit in found), reverse=True))
 
 
 def _one(name: str) -> tuple[str, tuple[str, ...]]:
@@ -119,6 +129,10 @@ def _one(name: str) -> tuple[str, tuple[str, ...]]:
     for pattern, identifier, found in _KNOWN:
         if match := re.fullmatch(pattern, text):
             return match.expand(identifier), found
+    words = set(text.split("-")) if text.startswith("cc") else set()
+    more = [limit for sign, limit in (("nd", "no derivatives"), ("sa", "share-alike")) if sign in words]
     if re.search(r"\bnc\b|research(-use)?-only|academic", text):
-        return "other", ("non-commercial", "unknown")
+        return "other", ("non-commercial", *more, "unknown")
+    if more:
+        return "other", (*more, "unknown")
     return "other", ("unknown",)

@@ -13,24 +13,38 @@ from pathlib import Path
 import polars as pl
 
 from curate.errors import InputError
+from curate.files import refuse_existing, replace_text
 from curate.manifest import Manifest, read
-from curate.manifest.io import REPORT, sync
+from curate.manifest.io import REPORT
 from curate.report.page import key_of, mark, page
 
 __all__ = ["is_current", "report", "write_report"]
 
 
-def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, force: bool = False) -> Path:
     """Make the page of a manifest, in its folder or at `out`; returns where it lies.
+
+    Args:
+        run: folder of a manifest.
+        out: where the page goes instead; not a place in `run`.
+        force: overwrite the file that is there.
 
     Raises:
         ManifestError: `run` is not a sound manifest.
-        InputError: `out` cannot be written, or the tables do not fit together.
+        InputError: `out` is there already, or cannot be written; or the tables do not fit together.
     """
     manifest = read(run)
+    if out is not None:
+        path, folder = Path(out), Path(run).resolve()
+        if folder in path.resolve().parents and path.resolve() != folder / REPORT:
+            raise InputError(f"{path}: inside the manifest", remedy=f"leave out= away: the page goes to {REPORT} there")
+        if path.resolve() != folder / REPORT:
+            refuse_existing(path, force, "out=")
     try:
         return write_report(manifest, Path(out) if out is not None else None)
-    except (TypeError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
         raise InputError(f"{run}: the tables do not fit together, so there is no page of them",
                          remedy=f"`curate check {run}` says what is wrong") from None  # fmt: skip
 
@@ -40,7 +54,9 @@ def is_current(manifest: Manifest) -> bool:
     wanted = mark(key_of(manifest)).encode()
     try:
         with (manifest.folder / REPORT).open("rb") as file:
-            return wanted in file.read(1024)
+            begins = wanted in file.read(1024)
+            file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return begins and file.read().rstrip().endswith(b"</html>")
     except OSError:
         return False
 
@@ -48,16 +64,12 @@ def is_current(manifest: Manifest) -> bool:
 def write_report(manifest: Manifest, path: Path | None = None) -> Path:
     """Write the page, whole or not at all."""
     path = path or manifest.folder / REPORT
-    half = path.with_name(f".{path.name}")  # a killed run's is written over by the next one
+    elsewhere = f"`curate report {manifest.folder} out=page.html` makes it elsewhere; the manifest is whole"
     if path.is_dir():
-        raise InputError(f"{path}: a folder is in the way of the page", remedy="name a file: out=page.html")
+        raise InputError(f"{path}: a folder is in the way of the page", remedy=f"move it away; {elsewhere}")
     try:
-        half.write_text(page(manifest), encoding="utf-8", newline="\n")
-        sync(half)
-        os.replace(half, path)
+        replace_text(path, page(manifest))
     except OSError as error:
         raise InputError(f"{path}: the page cannot be written: {error.strerror}",
-                         remedy="make room or mend the path, or name another one: out=page.html") from None  # fmt: skip
-    finally:
-        half.unlink(missing_ok=True)
+                         remedy=f"make room or mend the path; {elsewhere}") from None  # fmt: skip
     return path

@@ -42,6 +42,8 @@ def buckets(m: Manifest, places: dict[str, int]) -> Section:
             f"both standardised over {POPULATIONS[rule['population']]}. Beyond ±{rule['k']:g} on both axes a rollout "
             "falls into a corner."
         )
+    if given := facts.get("overrides"):
+        says.append(f"{plural(len(given), 'rollout')} by hand in another bucket than by the rule (buckets.overrides).")
     return Section("buckets", title, says, [_plane(judged, facts, places), _by_task(m, judged)])
 
 

@@ -70,6 +70,22 @@ def test_licences_by_their_names(name, ids, forbids):
     assert set(forbids) <= LIMITS.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "forbids"),
+    [
+        ("CC BY-NC-ND 4.0; Apache-2.0", ["non-commercial", "no derivatives"]),
+        ("CC BY-NC-SA 4.0 AND MIT", ["non-commercial", "share-alike"]),
+        ("https://creativecommons.org/licenses/by-nc-nd/4.0/legalcode", ["non-commercial", "no derivatives"]),
+        ("CC BY-NC-SA 3.0 US", ["non-commercial", "share-alike"]),
+        ("https://creativecommons.org/licenses/by-nd/4.0/legalcode", ["no derivatives"]),
+        ("GPL-3.0 OR CC-BY-NC-4.0", ["share-alike"]),
+        ("CC-BY-NC-4.0 OR GPL-3.0", ["share-alike"]),
+    ],
+)
+def test_nothing_that_one_of_several_forbids_is_lost(name, forbids):
+    assert list(limits(name)) == forbids and "other" not in hub_ids(name)
+
+
 def test_a_warning_for_each_use_that_a_licence_forbids(small):
     manifest = small("CC BY-NC-SA 4.0", "CC BY-NC 4.0", "MIT", None)
     text = (manifest.folder / "README.md").read_text()

@@ -17,6 +17,8 @@ def test_what_is_written_is_read(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["uid"] for line in lines] == ["a", "b", "c"] and "note" not in lines[1]
     assert lines[0]["note"] == "wrong <reference>"
+    write_overrides(file, {"d": "normal"}, "two\u2028lines\nand more\x85")
+    assert read_overrides(file)["d"] == "normal" and len(read_overrides(file)) == 4
 
 
 @pytest.mark.parametrize(

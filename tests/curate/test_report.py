@@ -457,10 +457,11 @@ def test_a_phase_of_training_has_a_page(run, tmp_path):
 def test_a_page_elsewhere_and_what_is_in_its_way(run, tmp_path):
     assert report(run, tmp_path / "page.html").read_bytes() == report(run).read_bytes()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="a folder is in the way"):
-        report(run, tmp_path / "folder")
+    with pytest.raises(InputError, match="is there already"):
+        report(run, tmp_path / "folder", force=True)
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
-        report(run, tmp_path / "none/page.html")
+        report(run, tmp_path / "file/page.html")
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
@@ -514,12 +515,37 @@ def test_an_old_page_stays_where_a_new_one_fails(run, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("curate.report.sync", full)
+    monkeypatch.setattr("curate.files.sync", full)
     with pytest.raises(InputError, match="No space"):
         write_report(read(tmp_path / "run"))
     assert (tmp_path / "run/report.html").read_bytes() == old
-    assert not (tmp_path / "run/.report.html").exists()
+    assert not list((tmp_path / "run").glob(".report.html*"))
 
 
 def test_texts_of_the_made_manifest_differ():
     assert plain("answer", 1) != plain("answer", 2)
+
+
+def test_a_page_elsewhere_takes_nothing_with_it(run, tmp_path):
+    """Not a table of the manifest, not a file of the user's, nor one that is named like a half-written page."""
+    whole = {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()}
+    for name in ("samples.parquet", "provenance.json", "sub/page.html"):
+        with pytest.raises(InputError, match="inside the manifest"):
+            report(run, run / name)
+    notes, hidden = tmp_path / "notes.txt", tmp_path / ".notes.txt"
+    notes.write_text("mine")
+    hidden.write_text("mine too")
+    with pytest.raises(InputError, match="is there already"):
+        report(run, notes)
+    assert notes.read_text() == "mine" and report(run, notes, force=True) == notes
+    assert notes.read_text().startswith("<!DOCTYPE html>") and hidden.read_text() == "mine too"
+    assert {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()} == whole
+
+
+def test_a_page_that_was_cut_is_made_anew(run):
+    page = report(run)
+    assert is_current(read(run))
+    page.write_bytes(page.read_bytes()[:2000])
+    assert not is_current(read(run))
+    report(run)
+    assert is_current(read(run))

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -124,7 +125,7 @@ def test_steps_that_straddle_phases_are_refused(place, tmp_path):
 # --- what is measured ---
 
 
-def test_a_phase_is_a_sound_manifest_that_says_what_was_drawn(place, plain):
+def test_a_phase_is_a_sound_manifest_that_says_what_was_drawn(place, plain, tmp_path):
     for phase in (0, 1):
         folder = place / f"plain/rollouts/phase-{phase:05d}"
         assert check(folder) == []
@@ -133,6 +134,7 @@ def test_a_phase_is_a_sound_manifest_that_says_what_was_drawn(place, plain):
         assert rows.height == 8 and set(rows["batch"]) == {phase}
         expected = [1.0 - len(text) / 40 for text in rows["text"]]
         assert rows["reward"].to_list() == pytest.approx(expected)
+        assert len(load_dataset(str(folder), "completions", split="train", cache_dir=str(tmp_path))) == 8
         told = explain(manifest, rows["prompt_uid"][0]), explain(manifest, rows["uid"][0])
         assert f"rollouts of phase {phase} asked it" in told[0] and "Bucket: " in told[1]
         bucket, _ = Rule(0.5, "mean", "all").assign(rows)
