@@ -289,7 +289,11 @@ def _versions(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, provenance.get(key)
 
 
-_KINDS = {"setting": lambda p: _flat(p["config"]), "source": _sources, "model": _models, "version": _versions}
+_KINDS = {
+    "setting": lambda p: _flat(p["config"]),
+    "by hand": lambda p: ((p.get("buckets") or {}).get("overrides") or {}).items(),
+    "source": _sources, "model": _models, "version": _versions,
+}  # fmt: skip
 
 
 def _notes(a: Manifest, b: Manifest, kept: int) -> list[str]:

@@ -80,11 +80,11 @@ def _heat(far: pl.DataFrame, newest: str, table: Table) -> Plot:
 def _map(m: Manifest, places: pl.DataFrame, newest: str) -> Plot:
     """Instructions on the plane: those that rows were drawn of, the others, and the newest task's."""
     kinds = {
-        "left": ("@muted", "circle-open"),
+        "left out": ("@muted", "circle-open"),
         "replayed": ("@accent", "circle"),
         "newest task": ("@second", "diamond"),
     }
-    old = pl.when(pl.col("granted") > 0).then(pl.lit("replayed")).otherwise(pl.lit("left"))
+    old = pl.when(pl.col("granted") > 0).then(pl.lit("replayed")).otherwise(pl.lit("left out"))
     places = places.with_columns(kind=pl.when(pl.col("task") == newest).then(pl.lit("newest task")).otherwise(old))
     shown = evenly(places, ["task", "kind"], MOST_POINTS).sort("stage", "uid")
     traces, rows = [], []

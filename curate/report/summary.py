@@ -36,7 +36,7 @@ def sentences(m: Manifest) -> list[str]:
         ]
     else:
         newest = newest_task(m)
-        says = [_what(m, newest), *_risk(tasks, newest), _picked(m, tasks)]
+        says = [*_risk(tasks, newest), _picked(m, tasks), _what(m, newest)]
     judged = _rollouts(m).filter(pl.col("bucket").is_not_null())
     if judged.height:
         noisy, good = (int((judged["bucket"] == b).sum()) for b in ("noisy", "high_performance"))
@@ -44,7 +44,7 @@ def sentences(m: Manifest) -> list[str]:
             f"Which rollouts are noise? {count(noisy)} of {count(judged.height)} are noisy: unlikely and poorly "
             f"rewarded ({percent(noisy, judged.height)}); {count(good)} are likely and well rewarded."
         )
-    return says
+    return [*says, "Why this row? Open any sample at the end of the page: it tells how it came to be there."]
 
 
 def _rollouts(m: Manifest) -> pl.DataFrame:

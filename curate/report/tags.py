@@ -67,7 +67,7 @@ def _insinfo(scored: pl.DataFrame) -> Plot:
     """Distribution of InsInfo, of instructions that rows were drawn of and of the others."""
     values, drawn = scored["insinfo"].to_numpy(), (scored["granted"].fill_null(0) > 0).to_numpy()
     edges = np.histogram_bin_edges(values, BINS)
-    n = {"replayed": np.histogram(values[drawn], edges)[0], "left": np.histogram(values[~drawn], edges)[0]}
+    n = {"replayed": np.histogram(values[drawn], edges)[0], "left out": np.histogram(values[~drawn], edges)[0]}
     ranges = [f"{a:.2f} to {b:.2f}" for a, b in pairwise(edges.tolist())]
     traces = [
         {
@@ -80,7 +80,7 @@ def _insinfo(scored: pl.DataFrame) -> Plot:
             "hovertext": [f"{r} nats: {k:,} {name}" for r, k in zip(ranges, n[name].tolist(), strict=True)],
             "hoverinfo": "text",
         }
-        for name, colour in (("replayed", "@accent"), ("left", "@faint"))
+        for name, colour in (("replayed", "@accent"), ("left out", "@faint"))
     ]
     layout = {
         "height": 320,
@@ -88,8 +88,8 @@ def _insinfo(scored: pl.DataFrame) -> Plot:
         "xaxis": {"title": {"text": "InsInfo, nats"}},
         "yaxis": {"title": {"text": "instructions"}},
     }
-    rows = [[r, count(int(a)), count(int(b))] for r, a, b in zip(ranges, n["replayed"], n["left"], strict=True)]
-    table = Table("InsInfo of instructions.", ["nats", "replayed", "left"], rows, [1, 2])
+    rows = [[r, count(int(a)), count(int(b))] for r, a, b in zip(ranges, n["replayed"], n["left out"], strict=True)]
+    table = Table("InsInfo of instructions.", ["nats", "replayed", "left out"], rows, [1, 2])
     mean, median = math.fsum(values) / len(values), float(np.median(values))
     note = f"{plural(len(values), 'instruction')} with a score; mean {real(mean, 2)}, median {real(median, 2)} nats."
     return Plot("insinfo", "Distribution of InsInfo", f"Histogram. {note}", traces, layout, table, note)
