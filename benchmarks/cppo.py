@@ -131,12 +131,16 @@ def main() -> None:
                 shown = " · ".join(" ".join(f"{v:.2f}" for v in line) for line in r)
                 print(f"seed {seed} {arm:<17} {time.monotonic() - began:4.0f} s  {shown}  "
                       f"KL {' '.join(f'{k:.2f}' for k in kls)}", flush=True)  # fmt: skip
-    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | KL |\n"
-          "| --- | --- | --- | --- | --- | --- |")  # fmt: skip
+    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | both | KL |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for arm, some in results.items():
         cells = [", ".join(_spread([r[i][j] for r, _ in some]) for j in (0, 1)) for i in (0, 1, 2)]
         lost = _spread([max(r[0][0], r[1][0]) - r[2][0] for r, _ in some])
-        print(f"| {arm} | {' | '.join(cells)} | {lost} | {_spread([kls[1] for _, kls in some])} |")
+        both, kl = (
+            _spread([statistics.mean(r[2]) for r, _ in some]),
+            [_spread(k) for k in zip(*(k for _, k in some), strict=True)],
+        )
+        print(f"| {arm} | {' | '.join(cells)} | {lost} | {both} | {', '.join(kl)} |")
 
 
 def _spread(values: list[float]) -> str:

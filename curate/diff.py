@@ -1,7 +1,7 @@
 """`diff`: what changed between two builds, row by row, and why; told from the two manifests alone.
 
 A row that only one of them has gets the first cause that applies, in this order: its task is not in the other stream;
-its source row is not there, or was changed; the row could not be used; its task is the current one in one build only;
+the other is a part of a set; its source row is not there, or was changed; the row could not be used; its task is the current one in one build only;
 a setting of the draw; the rows granted to its task; its instruction's tags; scores; the seed; what the draw goes by.
 """
 
@@ -19,6 +19,7 @@ from curate.manifest import Manifest
 
 CAUSES = {
     "task": "its task is not in the other stream",
+    "part": "the other is a part of a set, which lacks it",
     "source": "its source row is not in the other source, or reads otherwise there",
     "unusable": "it could not be used",
     "role": "its task is the current one in one build, an older one in the other",
@@ -52,7 +53,7 @@ class Diff:
     tasks: pl.DataFrame
     """task; stage, rows, distance, quota, granted, each as _a and _b (null: not in that stream); kept, out, in."""
     settings: pl.DataFrame
-    """kind (setting, source, model, version), key, a, b as JSON (null: not there)."""
+    """kind (setting, by hand, source, model, version), key, a, b as JSON (null: not there)."""
     moves: pl.DataFrame
     """bucket_a, bucket_b, completions: of the completions that both have (null: in no bucket)."""
     changed: dict[str, int]

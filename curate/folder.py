@@ -59,7 +59,7 @@ def _refuse_own_input(folders: Mapping[str, Path], sources: Mapping[str, Path]) 
 
 def refuse_foreign(out: Path) -> None:
     """A folder that holds anything but a manifest is somebody else's: nothing there is touched."""
-    ours = {STAGING, CARD, REPORT, f".{REPORT}", *(t.file for t in TABLES.values())}
+    ours = {STAGING, CARD, REPORT, *(t.file for t in TABLES.values())}
     wrong = [n for n in (*ours, PROVENANCE) if (out / n).exists() and (out / n).is_dir() != (n == STAGING)]
     if (out.is_symlink() and not out.exists()) or wrong:
         raise InputError(f"out {out}: {wrong[0] if wrong else 'a link to nothing'} is in the way of the manifest",

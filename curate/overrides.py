@@ -9,11 +9,11 @@ its statistics are not touched: an override says what one answer is taken for.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from curate.errors import InputError
+from curate.files import replace_text
 from curate.manifest import Bucket
 
 KEYS = {"uid", "bucket", "note"}
@@ -67,10 +67,5 @@ def write_overrides(path: str | Path, buckets: Mapping[str, str], note: str = ""
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = {row["uid"]: row for row in (json.loads(line) for line in lines if line.strip())}
     rows |= {uid: {"uid": uid, "bucket": str(b), **({"note": note} if note else {})} for uid, b in buckets.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(
-        "".join(json.dumps(rows[uid], ensure_ascii=False) + "\n" for uid in sorted(rows)), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(rows[uid], ensure_ascii=False) + "\n" for uid in sorted(rows)))
     return path

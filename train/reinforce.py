@@ -144,7 +144,7 @@ def cppo_of(
     rollouts = Rollouts(
         phases=phases, manifest=stage.manifest, examples=stage.rows, tokenizer=tokenizer,
         sampling=Sampling(of.k, of.temperature, 1.0, of.max_new_tokens, seed), reward=stage.reward,
-        reward_id=stage.reward.fingerprint, unjudged=config.unjudged, 
+        reward_id=stage.reward.fingerprint, unjudged=config.unjudged,
         rule=Rule(how.k, "mean", "batch"), reference=reference, anchor=anchor,
         out=Path(config.out), batch_size=of.batch_size, offline=of.offline,
         name=of.server.model if of.server else "policy in training",

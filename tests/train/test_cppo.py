@@ -17,6 +17,8 @@ from test_run import ROOT, STARTER, TINY, same, weights
 from tokenizers.normalizers import Lowercase
 
 from curate.build import build
+from curate.diff import diff
+from curate.diff_view import page, screen
 from curate.errors import InputError
 from curate.explain import explain
 from curate.manifest import TABLES, Rule, check, part, read, write
@@ -137,6 +139,8 @@ def test_a_phase_is_a_sound_manifest_that_says_what_was_drawn(place, plain, tmp_
         assert len(load_dataset(str(folder), "completions", split="train", cache_dir=str(tmp_path))) == 8
         told = explain(manifest, rows["prompt_uid"][0]), explain(manifest, rows["uid"][0])
         assert f"rollouts of phase {phase} asked it" in told[0] and "Bucket: " in told[1]
+        lacks = diff(read(place / "data"), manifest)
+        assert set(lacks.rows["why"]) == {"part"} and screen(lacks) and "which lacks it" in page(lacks)
         bucket, _ = Rule(0.5, "mean", "all").assign(rows)
         assert bucket.to_list() == rows["bucket"].to_list()
         assert sorted(samples["score"].tolist()) == pytest.approx(sorted(expected))
