@@ -1,8 +1,9 @@
 """`diff`: what changed between two builds, row by row, and why; told from the two manifests alone.
 
-A row that only one of them has gets the first cause that applies, in this order: its task is not in the other stream;
-the other is a part of a set; its source row is not there, or was changed; the row could not be used; its task is the current one in one build only;
-a setting of the draw; the rows granted to its task; its instruction's tags; scores; the seed; what the draw goes by.
+A row that only one of them has gets the first cause that applies, in this order: the other is a part of a set; its task
+is not in the other stream; its source row is not there, or was changed; the row could not be used; its task is the
+current one in one build only; a setting of the draw; the rows granted to its task; its instruction's tags; scores; the
+seed; what the draw goes by.
 """
 
 from __future__ import annotations
@@ -152,13 +153,13 @@ def _moved(here: _Side, there: _Side, move: str) -> Iterator[dict[str, Any]]:
 def _why(row: Mapping[str, Any], here: _Side, there: _Side, move: str) -> tuple[str, str]:
     """(cause, detail) of a row that is `here` and not `there`."""
     task, uid = row["task"], row["uid"]
+    if "part" in there.manifest.provenance:
+        return "part", f"{there.manifest.folder} is {there.manifest.provenance['part']['what']}, which lacks it"
     if task not in there.tasks:
         return "task", f"{there.manifest.folder} has no task {task!r}"
     if row["origin"] == "augmented":
         return _why_rewrite(row, here, there, move)
     if uid not in there.drops:
-        if "part" in there.manifest.provenance:
-            return "part", f"{there.manifest.folder} is {there.manifest.provenance['part']['what']}, which lacks it"
         if (task, row["row"]) not in there.places:
             return "source", "the other source has no such row"
         written_by = there.places[task, row["row"]]
