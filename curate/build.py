@@ -53,12 +53,15 @@ SAMPLE_VERSION = 2
 MANIFEST_VERSION = 3
 
 
-def build(config: BuildConfig | Mapping[str, Any] | str | Path, screen: Screen | None = None) -> Manifest:
+def build(
+    config: BuildConfig | Mapping[str, Any] | str | Path, screen: Screen | None = None, page: bool = True
+) -> Manifest:
     """Run a build and return its manifest, which lies in `config.out`.
 
     Args:
         config: a BuildConfig, a mapping of its keys, or the path of a YAML file.
         screen: where progress goes; nowhere by default.
+        page: write report.html too; `curate report` can make it later.
 
     Raises:
         InputError: the configuration or a source cannot be used; nothing was written to `out`.
@@ -67,7 +70,7 @@ def build(config: BuildConfig | Mapping[str, Any] | str | Path, screen: Screen |
         config = BuildConfig.load(config)
     elif not isinstance(config, BuildConfig):
         config = BuildConfig.parse(dict(config))
-    return Build(config, screen or Silent()).run()
+    return Build(config, screen or Silent()).run(page)
 
 
 class Build:
@@ -81,8 +84,8 @@ class Build:
         self.selector = SELECTORS[config.replay.selector]
         self._current: Side | None = None
 
-    def run(self) -> Manifest:
-        """All stages; the manifest is published at the very end."""
+    def run(self, page: bool = True) -> Manifest:
+        """All stages; the manifest is published at the very end, and its page behind it."""
         sources = self.sources()
         self.check_models()
         places = {task.name: self.base / task.path for task in self.config.tasks}
@@ -93,7 +96,8 @@ class Build:
             key, made = self.select(tasks, asked)
             work = self.ask_policy(tasks, made)
             manifest = self.publish(tasks, sources, asked, key, made, work)
-            self.report(manifest)
+            if page:
+                self.report(manifest)
             return manifest
 
     def check_models(self) -> None:

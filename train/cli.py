@@ -96,7 +96,7 @@ def grpo(config: Config = None, settings: Words = None, quiet: Quiet = False) ->
 
 @app.command()
 def settings(
-    method: Annotated[str, typer.Argument(help="cft, cpt, copr, dpo, pbl, cppo, grpo, fisher or eval")],
+    method: Annotated[str, typer.Argument(help="cft, cpt, copr, dpo, pbl, cppo, grpo, fisher, eval or stream")],
 ) -> None:
     """Every setting of a command with its default and what it means; those of TrainingArguments stand beside them.
 
@@ -141,6 +141,44 @@ def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -
         for name, value in found.items() if not quiet else ():
             if isinstance(value, dict):
                 sys.stdout.write(f"{_title(name)}{_shown(value)}\n")
+
+
+@app.command()
+def stream(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the stream")],
+    settings: Words = None,
+    stage: Annotated[int | None, typer.Option(help="begin again with this stage, in all runs")] = None,
+    hand: Annotated[
+        bool, typer.Option("--by-hand", help="write the files of all stages, print their commands, run nothing")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    r"""A continual run from beginning to end: replay set, training and evaluation, stage after stage, over a grid.
+
+    Writes results.parquet, stream.html and a folder a stage. What is done stays: the same command goes on.
+
+    Example: train stream --config examples/stream/config.yaml out=runs/stream 'seeds=\[0,1,2]'
+    """
+    with _errors():
+        from rich.console import Console
+
+        from train.stream import stream as run
+        from train.stream.config import StreamConfig
+        from train.stream.run import Silent, prepared
+        from train.stream.screen import Terminal, by_hand, ends_table
+        from train.stream.stage import write_files
+
+        wanted = _settings(StreamConfig, config, settings)
+        if hand:
+            plan = prepared(wanted)
+            for each in plan.stages.values():
+                write_files(plan, each)
+            Console().print(by_hand(plan))
+            return
+        table = run(wanted, stage, Silent() if quiet else Terminal(Console(stderr=True)))
+        if not quiet:
+            Console().print(ends_table(table))
+            sys.stdout.write(f"page: {Path(wanted.out) / 'stream.html'}\n")
 
 
 def _title(name: str) -> str:

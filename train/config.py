@@ -18,11 +18,12 @@ from curate.models import ModelConfig, RewardConfig
 from curate.settings import FUNCTION, Section
 
 
-def _one_or_several(value: Any) -> Any:
+def one_or_several(value: Any) -> Any:
+    """A list of one text where it stands alone."""
     return [value] if isinstance(value, str) else value
 
 
-Folders = Annotated[list[str], BeforeValidator(_one_or_several)]
+Folders = Annotated[list[str], BeforeValidator(one_or_several)]
 """Several, or one without brackets."""
 
 

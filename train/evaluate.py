@@ -16,12 +16,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from curate.errors import InputError
 from curate.manifest import read
@@ -29,7 +29,7 @@ from curate.models import LocalModel, ModelConfig
 from curate.models.weights import stack
 from curate.settings import Section
 from train import metrics
-from train.config import Folders
+from train.config import Folders, one_or_several
 from train.folder import refuse_foreign, whole
 from train.plots import heat_map
 from train.scores import Metric, Score, score_of, usable_rows
@@ -58,6 +58,9 @@ class EvalConfig(Section):
     max_new_tokens: int = Field(64, gt=0, description="longest answer in tokens")
     reduction: Literal["sum", "mean"] = Field("sum", description="log-probability of a ranked answer: over its tokens")
     per_task: int | None = Field(None, gt=0, description="items a task at most: the first by uid")
+    tasks: Annotated[list[str], BeforeValidator(one_or_several)] | None = Field(
+        None, min_length=1, description="tasks that are scored; by default all of the manifest"
+    )
     upper: dict[str, float] | None = Field(None, description="score of each task trained alone, for the relative gain")
     batch_size: int = Field(32, gt=0, description="sequences a forward pass")
     device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
@@ -74,6 +77,12 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
     """
     score = score_of(config.metric, config.max_new_tokens, config.reduction)
     rows, left_out = usable_rows(score, read(config.data))
+    if config.tasks is not None:
+        there = rows["task"].unique().sort().to_list()
+        if missing := next((task for task in config.tasks if task not in there), None):
+            raise InputError(f"tasks: {missing!r} has no row in {config.data} that can be scored",
+                             remedy=f"there are {', '.join(map(repr, there))}")  # fmt: skip
+        rows, left_out = (frame.filter(pl.col("task").is_in(config.tasks)) for frame in (rows, left_out))
     if config.per_task is not None:
         rows = rows.filter(pl.int_range(pl.len()).over("task") < config.per_task)
     _check_upper(config.upper, rows["task"].unique().sort().to_list(), config.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,35 @@ def _short(name: str) -> str:
     """
     name = _NOT_XML.sub("\ufffd", name)
     return name if len(name) <= 29 else "…" + name[-28:]
+
+
+def curves(
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[float]]], x: str, y: str, path: Path
+) -> None:
+    """Lines with a band around each: (name, x, mean, half width of the band) of every line.
+
+    The same values give the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context({"svg.hashsalt": "rehearse", "svg.fonttype": "none", "font.size": 9,
+                                "text.parse_math": False}):  # fmt: skip
+        figure = Figure(figsize=(7.2, 3.8), facecolor="white")
+        axes = figure.add_axes((0, 0, 1, 1))
+        colours = [*(f"C{n}" for n in range(10)), "black", "goldenrod"]
+        for number, (name, at, mean, half) in enumerate(lines):
+            colour, mark = colours[number % len(colours)], "osD^v"[number // len(colours) % 5]
+            low, high = np.subtract(mean, half), np.add(mean, half)
+            axes.fill_between(at, low, high, color=colour, alpha=0.15 if len(lines) <= 6 else 0.05, linewidth=0)
+            axes.plot(at, mean, color=colour, marker=mark, markersize=4, linewidth=1.6, label=_short(name))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if lines:
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.15)

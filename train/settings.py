@@ -38,8 +38,17 @@ def load(
     data = read_yaml(path) if path is not None else {}
     for word in overrides:
         override(data, word)
-    where = str(path) if path is not None else "command line"
-    base = str(Path(path).parent) if path is not None else "."
+    if path is None:
+        return parse(model, data, ".", "command line")
+    return parse(model, data, str(Path(path).parent), str(path))
+
+
+def parse(model: type[RunConfig], data: Mapping[str, Any], base: str, where: str) -> tuple[RunConfig, dict[str, Any]]:
+    """(our settings, keys for TrainingArguments) of a mapping; paths in it are relative to `base`.
+
+    Raises:
+        InputError: a key that neither we nor TrainingArguments know, or a value that does not fit.
+    """
     ours, theirs = _split(model, data)
     return checked(model, {**ours, "base": base}, where), theirs
 
@@ -125,9 +134,10 @@ def described(command: str) -> list[tuple[str, str, str]]:
     """
     from train.evaluate import EvalConfig
     from train.fisher import FisherConfig
+    from train.stream.config import StreamConfig
 
     known: dict[str, type[Section]] = {m.__name__.removesuffix("Config").lower(): m for m in _methods(RunConfig)}
-    known |= {"eval": EvalConfig, "fisher": FisherConfig}
+    known |= {"eval": EvalConfig, "fisher": FisherConfig, "stream": StreamConfig}
     if command not in known:
         raise KeyError(f"there are {', '.join(known)}")
     return _described(known[command], "")

@@ -187,7 +187,10 @@ class RehearseTrainer(Trainer):
             self._stop(f"the loss is {float(loss.detach())}; the batch held", batch["row"].tolist())
         self.tally.add_rows(logged, batch)
         self.tally.add_step(logged)
-        self.tokens += int((batch["segment"] >= 0).sum())
+        tokens = int((batch["segment"] >= 0).sum())
+        self.tokens += tokens
+        if self.args.include_num_input_tokens_seen == "no":  # else the library counts them itself
+            self.state.num_input_tokens_seen += tokens * self.args.world_size  # a checkpoint keeps it
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The library's; a step that would make every weight not a number is not taken."""
@@ -248,6 +251,8 @@ class RehearseTrainer(Trainer):
                 logs["mfu"] = mfu
             self.tally.clear()
             self.tokens, self.clock = 0, time.monotonic()
+        if "loss" in logs or "train_runtime" in logs:
+            logs["tokens"] = self.state.num_input_tokens_seen  # of the whole run so far
         super().log(logs, start_time)
 
     def _mfu(self, rate: float) -> float | None:

@@ -136,7 +136,7 @@
 
   // --- samples ---
 
-  const { rows, tasks, instructions, tags, total } = data.samples;
+  const { rows, tasks, instructions, tags, total } = data.samples ?? { rows: [], tasks: [], instructions: [], tags: [], total: 0 };
   const place = new Map(rows.map((row, i) => [row.uid, i]));
   const asked = (row) => { const last = row.prompt?.at(-1) ?? row.completion.at(-1); return last ? last[1] : ""; };
   const answered = (row) => row.completion?.[0]?.[1] ?? "";
@@ -277,14 +277,14 @@
 
   // --- the page ---
 
-  const parts = [["summary", "Summary"], ...data.sections.map((s) => [s.id, s.id[0].toUpperCase() + s.id.slice(1)]), ["samples", "Samples"]];
+  const parts = [["summary", "Summary"], ...data.sections.map((s) => [s.id, s.id[0].toUpperCase() + s.id.slice(1)]), ...(data.samples ? [["samples", "Samples"]] : [])];
   document.getElementById("page").replaceWith(
-    make("header", { class: "top" }, make("div", { class: "wrap" }, make("div", {}, make("p", { class: "kicker" }, "Rehearse · audit of a replay set"), make("h1", {}, data.name)), toggle)),
+    make("header", { class: "top" }, make("div", { class: "wrap" }, make("div", {}, make("p", { class: "kicker" }, data.kicker), make("h1", {}, data.name)), toggle)),
     make("nav", { "aria-label": "Sections" }, make("div", { class: "wrap" }, make("ul", {}, parts.map(([id, name]) => make("li", {}, make("a", { href: "#" + id }, name)))))),
     make("main", { class: "wrap" },
       make("section", { id: "summary", "aria-label": "Summary" }, make("dl", { class: "tiles" }, data.tiles.map(([number, name, remark]) => make("div", {}, make("dt", {}, name), make("dd", {}, number), make("dd", { class: "remark" }, remark)))),
         make("div", { class: "says" }, data.says.map((text) => make("p", {}, text)))),
-      data.sections.map(section), samples()),
+      data.sections.map(section), data.samples ? samples() : null),
     make("footer", { class: "wrap" }, make("p", {}, data.note)), dialog);
   theme(prefers.matches);
   addEventListener("load", () => document.querySelectorAll(".canvas").forEach((canvas) => seen.observe(canvas)));

@@ -43,6 +43,7 @@ def contents(m: Manifest) -> dict[str, Any]:
     sections.append(buckets(m, places))
     return {
         "name": short(m.provenance["config"].get("name") or "manifest", 80),
+        "kicker": "Rehearse · audit of a replay set",
         "tiles": summary.tiles(m), "says": summary.sentences(m),
         "sections": [asdict(section) for section in sections], "samples": held,
         "note": f"Written by rehearse {m.provenance.get('rehearse', '')} from a manifest of schema "
@@ -52,8 +53,18 @@ def contents(m: Manifest) -> dict[str, Any]:
 
 def page(manifest: Manifest) -> str:
     """The whole page."""
-    data = contents(manifest)
+    return shell(contents(manifest), mark(key_of(manifest)))
+
+
+def shell(data: dict[str, Any], head: str = "") -> str:
+    """A page of its data: name, kicker, tiles, says, sections, note, and samples where there are any.
+
+    Args:
+        data: JSON values; all texts in them are shown as text.
+        head: markup for its head, which is not escaped.
+    """
     code, plotly, style = _own("page.js"), _plotly(), _own("page.css")
+    first = "samples" if "samples" in data else data["sections"][0]["id"]
     policy = (
         f"default-src 'none'; script-src {_hash(code)} {_hash(plotly)}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -62,7 +73,7 @@ def page(manifest: Manifest) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-{mark(key_of(manifest))}
+{head}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
@@ -71,9 +82,9 @@ def page(manifest: Manifest) -> str:
 <style>{style}</style>
 </head>
 <body>
-<a class="skip" href="#samples">Skip to the samples</a>
+<a class="skip" href="#{first}">Skip to the {first}</a>
 <div id="page"></div>
-<noscript><p>This page draws itself with its own scripts; README.md beside it says the essential as text.</p></noscript>
+<noscript><p>This page draws itself with its own scripts; the tables beside it hold what it shows.</p></noscript>
 <script type="application/json" id="data">{to_json(data)}</script>
 <script>{code}</script>
 <script type="text/plain" id="plotly">{plotly}</script>

@@ -1,0 +1,292 @@
+"""`stream.html`: what each run kept, by how much runs differ, R itself, and what it cost; one file that opens offline.
+
+It is a view of `results.parquet` and of the stages' times: nothing reads it. `curves.svg` beside it is its first plot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from curate.files import replace_text
+from curate.report.page import shell
+from curate.report.parts import Plot, Section, Table, label, plural, short
+from curate.report.plots import height, names_axis
+from train.plots import curves
+from train.stream import results
+from train.stream.config import StreamConfig
+from train.stream.plan import Plan, Run
+from train.stream.results import difference, ends, spread
+
+FILE, CURVES = "stream.html", "curves.svg"
+MOST_MATRICES = 24
+COLOURS = ("#5346b4", "#0c8a74", "#c2581f", "#2a6bd0", "#b8326b", "#8a7400", "#4f9a3c", "#8a5bd1", "#1f8fb0", "#a05a3c",
+           "#d14b4b", "#6b7680")  # fmt: skip
+DASHES = ("solid", "dash", "dot")
+NAMES = {"relative_gain": "relative gain, %", "average_performance": "mean score of the tasks so far"}
+
+
+def write(plan: Plan, table: pl.DataFrame, config: StreamConfig) -> Path:
+    """The page and its plot, of what is done so far."""
+    path = plan.out / FILE
+    replace_text(path, shell(contents(plan, table, config)))
+    measure = _measure(table)
+    lines = [(name, *_curve(table, name, measure)) for name in _names(table)]
+    half = plan.out / f".{CURVES}"
+    curves([line for line in lines if len(line[1])], "stage", NAMES[measure], half)
+    os.replace(half, plan.out / CURVES)
+    return path
+
+
+def contents(plan: Plan, table: pl.DataFrame, config: StreamConfig) -> dict[str, Any]:
+    """All that the page says."""
+    names = _names(table)
+    baseline = config.baseline or (names[0] if names else "")
+    through, every = ends(table).height, sum(run.kind == "run" for run in plan.runs)
+    sections = [_gains(table, names), _differences(table, names, baseline), _matrices(table, names),
+                _bounds(table, config), _costs(plan, table, names)]  # fmt: skip
+    return {
+        "name": short(config.name, 80), "kicker": "Rehearse · a continual run, stage after stage",
+        "tiles": _tiles(plan, table, through, every), "says": _sentences(table, names, baseline, through, every),
+        "sections": [asdict(section) for section in sections],
+        "note": f"{results.FILE} holds every score; each stage's folder under stages/ its manifest, its training, and "
+                "every item that was scored.",
+    }  # fmt: skip
+
+
+def _names(table: pl.DataFrame) -> list[str]:
+    return table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
+
+
+def _measure(table: pl.DataFrame) -> str:
+    """What runs are compared by: relative gain, or the mean score where no upper bound is known."""
+    return "relative_gain" if ends(table)["relative_gain"].drop_nulls().len() else "average_performance"
+
+
+def _tiles(plan: Plan, table: pl.DataFrame, through: int, every: int) -> list[tuple[str, str, str]]:
+    runs = [run for run in plan.runs if run.kind == "run"]
+    seeds, tasks = len({run.seed for run in runs}), len(runs[0].tasks)
+    done = table.filter(pl.col("stage") > 0)["folder"].n_unique()
+    return [
+        (f"{tasks}", "tasks", "in a row"),
+        (f"{len({run.name for run in runs})}", "ways to train", "arms and grid"),
+        (f"{seeds}", "seeds", "of each"),
+        (f"{through:,}", "runs through", f"of {every:,}"),
+        (f"{done:,}", "stages trained", "what runs share counts once"),
+    ]
+
+
+def _sentences(table: pl.DataFrame, names: list[str], baseline: str, through: int, every: int) -> list[str]:
+    measure, says = _measure(table), []
+    last = ends(table)
+    means = {n: spread(v)[0] for n in names if len(v := last.filter(run=n)[measure].drop_nulls().to_list())}
+    unit = " %" if measure == "relative_gain" else ""
+    if means:
+        best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+        most, least = short(best), short(worst)
+        if unit:
+            says.append(f"{most} keeps most: {means[best]:.1f} % of what a task trained alone reaches is kept of older "
+                        f"tasks; {least} least: {means[worst]:.1f} %.")  # fmt: skip
+        else:
+            says.append(f"{most} has the highest mean score at the end: {means[best]:.3f}; {least} the lowest: "
+                        f"{means[worst]:.3f}.")  # fmt: skip
+    for name in names:
+        found = difference(table, name, baseline, measure) if name != baseline else None
+        if found and found["interval"] and len(names) <= 4:
+            low, high = found["interval"]
+            verdict = "more" if low > 0 else "less" if high < 0 else "neither more nor less, for all that is known:"
+            says.append(f"Beside {short(baseline)}, {short(name)} keeps {verdict} {found['mean']:+.1f} "
+                        f"[{low:+.1f}, {high:+.1f}] (95 %, {plural(found['pairs'], 'seed')}).")  # fmt: skip
+    if through < every:
+        says.append(f"{every - through} of {plural(every, 'run')} are not through; they are shown as far as they are.")
+    return says
+
+
+# --- sections ---
+
+
+def _curve(table: pl.DataFrame, name: str, measure: str) -> tuple[list[int], list[float], list[float]]:
+    """(stages, means, standard deviations) of a run over its seeds."""
+    part = table.filter(pl.col("kind") == "run", pl.col("run") == name, pl.col("stage") > 0).drop_nulls(measure)
+    stages = part["stage"].unique().sort().to_list()
+    found = [spread(part.filter(stage=stage)[measure].to_list()) for stage in stages]
+    return stages, [mean for mean, _ in found], [sd or 0.0 for _, sd in found]
+
+
+def _gains(table: pl.DataFrame, names: list[str]) -> Section:
+    measure = _measure(table)
+    traces, reached = [], set[int]()
+    for number, name in enumerate(names):
+        stages, means, sds = _curve(table, name, measure)
+        reached |= set(stages)
+        colour = COLOURS[number % len(COLOURS)]
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": label(name, 40), "x": stages,
+            "y": [round(v, 4) for v in means], "line": {"color": colour, "dash": DASHES[number // len(COLOURS) % 3]},
+            "error_y": {"type": "data", "array": [round(v, 4) for v in sds], "thickness": 1, "width": 3,
+                        "color": colour, "visible": any(sds)},
+            "hovertext": [f"{label(name, 40)}, stage {s}: {m:.2f} ± {d:.2f}"
+                          for s, m, d in zip(stages, means, sds, strict=True)],
+            "hoverinfo": "text",
+        })  # fmt: skip
+    last = ends(table)
+    rows = []
+    for name in names:
+        part = last.filter(run=name)
+        rows.append([short(name), *(_cell(part[m].drop_nulls().to_list(), d) for m, d in
+                     (("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3), ("forgetting", 3))),
+                     str(part.height)])  # fmt: skip
+    header = ["run", "relative gain, %", "AP", "BWT", "forgetting", "seeds"]
+    ended = Table("After the last stage: mean ± standard deviation over seeds.", header, rows, [1, 2, 3, 4, 5])
+    layout = {"height": 440, "xaxis": {"title": {"text": "stage"}, "tickvals": sorted(reached)},
+              "yaxis": {"title": {"text": NAMES[measure]}, "rangemode": "tozero"}, "showlegend": True}  # fmt: skip
+    says = ["Relative gain after stage i: the mean, over the tasks before i, of a task's score as a share of what it "
+            "reaches when it is trained alone. 100 % = nothing is forgotten."
+            if measure == "relative_gain" else "Mean score of the tasks so far; no upper bound is known."]  # fmt: skip
+    alt = f"{NAMES[measure]} by stage, {plural(len(names), 'line')}."
+    note = "Bars are one standard deviation over seeds."
+    plot = Plot("gain", NAMES[measure].capitalize(), alt, traces, layout, None, note)
+    return Section("kept", "What is kept, stage after stage", says, [plot, ended])
+
+
+def _differences(table: pl.DataFrame, names: list[str], baseline: str) -> Section:
+    measure, title = _measure(table), f"Beside {short(baseline)}"
+    found = {n: d for n in names if n != baseline and (d := difference(table, n, baseline, measure)) is not None}
+    if not found:
+        return Section("differences", title, ["There is nothing to compare: no other run is through."])
+    digits = 1 if measure == "relative_gain" else 3
+    rows = [[short(n), f"{d['mean']:+.{digits}f}",
+             f"{d['interval'][0]:+.{digits}f} to {d['interval'][1]:+.{digits}f}" if d["interval"] else "–",
+             str(d["pairs"])] for n, d in found.items()]  # fmt: skip
+    table_ = Table(
+        f"Difference in {NAMES[measure]} after the last stage.", ["run", "mean", "95 %", "seeds"], rows, [1, 2, 3]
+    )
+    kept = list(found)
+    trace = {
+        "type": "scatter", "mode": "markers", "x": [round(found[n]["mean"], 4) for n in kept],
+        "y": list(range(len(kept))), "marker": {"color": "@accent", "size": 9},
+        "error_x": {"type": "data", "thickness": 1.5, "width": 5, "color": "@accent",
+                    "array": [round(found[n]["interval"][1] - found[n]["mean"], 4) if found[n]["interval"] else 0
+                              for n in kept]},
+        "hovertext": [f"{label(n, 40)}: {found[n]['mean']:+.{digits}f}" for n in kept], "hoverinfo": "text",
+    }  # fmt: skip
+    layout = {"height": height(len(kept), 30), "yaxis": names_axis(kept), "showlegend": False,
+              "xaxis": {"title": {"text": f"difference in {NAMES[measure]}"}, "zeroline": True}}  # fmt: skip
+    seeds = plural(max(d["pairs"] for d in found.values()), "seed")
+    says = [
+        "Seed by seed, as the same seed draws the same order of tasks and rows in both. A bar is the 95 % interval of "
+        f"the mean by Student's t; where it holds 0, {seeds} cannot tell the two apart."
+    ]
+    plot = Plot(
+        "difference", "Differences with their intervals", f"{plural(len(kept), 'difference')}.", [trace], layout, table_
+    )
+    return Section("differences", title, says, [plot])
+
+
+def _matrices(table: pl.DataFrame, names: list[str]) -> Section:
+    """Mean R of each run; rows are stages, columns tasks in the order of training, where all seeds have that order."""
+    parts: list[Plot | Table] = []
+    every = table.filter(kind="run")
+    high = max((v for scores in every["scores"].to_list() for v in scores if v is not None), default=1.0)
+    for number, name in enumerate(names[:MOST_MATRICES]):
+        part = every.filter(run=name)
+        orders = {tuple(tasks) for tasks in part["tasks"].to_list()}
+        tasks = list(orders.pop()) if len(orders) == 1 else [f"task {i}" for i in range(1, len(part["tasks"][0]) + 1)]
+        stages = part["stage"].unique().sort().to_list()
+        r = [_mean([part.filter(stage=s)["scores"].to_list()][0], len(tasks)) for s in stages]
+        cells = [["" if v is None else f"{v:.2f}" for v in row] for row in r]
+        trace = {
+            "type": "heatmap", "z": r, "x": list(range(len(tasks))), "y": stages, "text": cells,
+            "texttemplate": "%{text}", "hoverinfo": "text", "colorscale": "@sequential",
+            "zmin": 0, "zmax": round(high, 4),
+            "hovertext": [[f"{label(t)}, stage {s}: {c or '–'}" for t, c in zip(tasks, row, strict=True)]
+                          for s, row in zip(stages, cells, strict=True)],
+            "showscale": False, "xgap": 2, "ygap": 2,
+        }  # fmt: skip
+        layout = {
+            "height": 130 + 34 * len(stages),
+            "xaxis": {"tickvals": list(range(len(tasks))), "ticktext": [label(t, 16) for t in tasks], "side": "top",
+                      "showgrid": False, "tickangle": -35},
+            "yaxis": {"tickvals": stages, "ticktext": ["before" if s == 0 else f"stage {s}" for s in stages],
+                      "range": [max(stages) + 0.5, -0.5], "showgrid": False, "zeroline": False},
+        }  # fmt: skip
+        rows = [
+            ["before" if s == 0 else str(s), *(c or "–" for c in row)] for s, row in zip(stages, cells, strict=True)
+        ]
+        figures = Table(f"R of {short(name)}.", ["stage", *map(short, tasks)], rows, list(range(1, len(tasks) + 1)))
+        alt = f"Heat map of the scores of {plural(len(tasks), 'task')} after {plural(len(stages) - 1, 'stage')}."
+        parts.append(Plot(f"matrix-{number}", short(name), alt, [trace], layout, figures, half=True))
+    more = f" The first {MOST_MATRICES} of {len(names)} runs; the table has all." if len(names) > MOST_MATRICES else ""
+    says = [
+        "R: the mean score over seeds of each task (column) after each stage (row). Where a column pales downwards, "
+        f"its task is forgotten.{more}"
+    ]
+    return Section("matrices", "R, the scores behind it", says, parts)
+
+
+def _bounds(table: pl.DataFrame, config: StreamConfig) -> Section:
+    tasks = [task.name for task in config.tasks]
+    start = table.filter(pl.col("kind") == "run", pl.col("stage") == 0).head(1)
+    before = dict(zip(start["tasks"][0].to_list(), start["scores"][0].to_list(), strict=True)) if start.height else {}
+    rows = []
+    for task in tasks:
+        alone = table.filter(pl.col("kind") == "single", pl.col("run") == task, pl.col("stage") == 1)
+        both = table.filter(pl.col("kind") == "joint", pl.col("stage") == 1).select("tasks", "scores").iter_rows()
+        joint = [dict(zip(t, scores, strict=True))[task] for t, scores in both]
+        rows.append([short(task), _cell([v for v in (before.get(task),) if v is not None], 3),
+                     _cell([scores[0] for scores in alone["scores"].to_list()], 3),
+                     _cell([v for v in joint if v is not None], 3)])  # fmt: skip
+    header = ["task", "before training", "trained alone", "all tasks at once"]
+    says = [
+        "Upper bounds, trained with the stream's own settings, without what an arm changes. Each task alone is what "
+        "relative gain is divided by."
+    ]
+    return Section("bounds", "Bounds", says, [Table("Mean ± standard deviation over seeds.", header, rows, [1, 2, 3])])
+
+
+def _costs(plan: Plan, table: pl.DataFrame, names: list[str]) -> Section:
+    rows = []
+    for name in names:
+        part = table.filter(pl.col("kind") == "run", pl.col("run") == name, pl.col("stage") > 0)
+        summed = (
+            part.group_by("seed").agg(pl.col("replay", "current", "augmented", "steps", "tokens").sum()).sort("seed")
+        )
+        runs = [run for run in plan.runs if run.kind == "run" and run.name == name]
+        took = [found for run in runs if _through(table, run) and (found := results.times(plan, run)) is not None]
+        means = [[t.get(c, 0.0) for t in took] for c in ("build", "train", "fisher", "eval")]
+        rows.append([short(name), *(_cell(summed[c].drop_nulls().to_list(), 0) for c in
+                     ("current", "replay", "augmented", "steps", "tokens")),
+                     *(f"{sum(v) / len(v):,.0f}" if v and any(v) else "–" for v in means),
+                     f"{sum(map(sum, means)) / len(took):,.0f}" if took else "–"])  # fmt: skip
+    header = ["run", "rows of its tasks", "rows replayed", "rewrites", "steps", "tokens", "build, s", "training, s",
+              "Fisher, s", "scoring, s", "in all, s"]  # fmt: skip
+    says = [
+        "Of a whole run, mean over seeds. A stage that several runs share is counted in each of them, though it was "
+        "done once; seconds are those of one process while others ran."
+    ]
+    return Section("cost", "What it cost", says, [Table("Rows, tokens and time.", header, rows, list(range(1, 11)))])
+
+
+def _through(table: pl.DataFrame, run: Run) -> bool:
+    return ends(table).filter(pl.col("run") == run.name, pl.col("seed") == run.seed).height > 0
+
+
+def _mean(rows: Sequence[Sequence[float | None]], n: int) -> list[float | None]:
+    found = []
+    for column in range(n):
+        values = [v for row in rows if (v := row[column]) is not None]
+        found.append(round(float(np.mean(np.sort(values))), 4) if values else None)
+    return found
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "–"
+    mean, sd = spread(values)
+    return f"{mean:,.{digits}f}" + (f" ± {sd:,.{digits}f}" if sd is not None and (digits or sd >= 0.5) else "")

@@ -1,0 +1,105 @@
+"""The stages of a plan in several processes: each as soon as those that it needs are done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from curate.errors import InputError
+from train.stream.plan import Plan, Stage
+from train.stream.stage import carry_out
+
+BYTES_A_WEIGHT = 16  # float32 weights, gradients and two moments
+BESIDE = 2 << 30  # bytes of a process for libraries, activations and an embedder
+
+
+def workers_for(weights: int, wanted: int | None) -> int:
+    """How many processes: what the user says, one where there is a GPU, else what cores and free memory allow.
+
+    Args:
+        weights: bytes of the model's weights on disk, taken to be bfloat16 or float32 numbers, the smaller.
+        wanted: number that was asked for.
+    """
+    if wanted is not None:
+        return wanted
+    if torch.accelerator.is_available():
+        return 1
+    each = BESIDE + weights // 2 * BYTES_A_WEIGHT
+    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+                      psutil.virtual_memory().available // each))  # fmt: skip
+
+
+def in_order(
+    plan: Plan, stages: Collection[str], workers: int, begin: Callable[[Stage], None]
+) -> Iterator[tuple[Stage, float]]:
+    """Carry out stages; yields each with its seconds when it is done.
+
+    Args:
+        plan: what they belong to.
+        stages: folders of those that are not done.
+        workers: processes; each has its share of the cores.
+        begin: called when a stage is given to a process.
+
+    Raises:
+        InputError: a stage cannot be done. Those that run at that moment are finished first.
+    """
+    waiting = [s for s in plan.stages.values() if s.folder in stages]
+    left = set(stages)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _prepare, (os.getpid(), threads)) as pool:
+        running: dict[Future[float], Stage] = {}
+        error: Exception | None = None
+        while waiting or running:
+            ready = [] if error else [s for s in waiting if not left & set(s.needs)]
+            for stage in ready[: workers - len(running)]:
+                waiting.remove(stage)
+                begin(stage)
+                commands = [step.command for step in stage.steps]
+                running[pool.submit(carry_out, str(plan.folder(stage.folder).absolute()), commands)] = stage
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage = running.pop(future)
+                try:
+                    took = future.result()
+                except BrokenProcessPool:
+                    error = InputError(
+                        f"{plan.folder(stage.folder)}: its process was ended from outside, perhaps for want of memory",
+                        remedy="workers=1, or a smaller batch; the same command goes on",
+                    )
+                except Exception as raised:
+                    error = error or raised
+                else:
+                    left.discard(stage.folder)
+                    yield stage, took
+        if error:
+            raise error
+
+
+def _prepare(parent: int, threads: int) -> None:
+    """A process's share of the cores; and it ends with the one that started it, however that ends."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def bytes_of(folder: Path) -> int:
+    """Size of a model's weights."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))

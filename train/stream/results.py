@@ -1,0 +1,200 @@
+"""The results of a stream: one table, a row a run and stage, made of what the stages' folders hold.
+
+`results.parquet` has no times, so a stream that was killed and went on ends with the same bytes; seconds are in each
+stage's `seconds.json`. What is not done yet is not in the table.
+
+Metrics are of the stages so far, R[i, j] with j ≤ i; `train/metrics.py` defines them. Relative gain is against the
+mean, over the stream's seeds, of each task trained alone (InsCL, section 4.1). A departure: where tasks to come are not
+scored (`evaluation.every_task: false`), the maximum in forgetting is over stages from a task's own on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import stats
+
+from train import metrics
+from train.evaluate import LEAST
+from train.stream.plan import Plan, Run
+from train.stream.stage import is_done, seconds
+
+FILE = "results.parquet"
+SCHEMA: dict[str, Any] = {
+    "run": pl.String, "kind": pl.String, "seed": pl.Int64, "settings": pl.String, "order": pl.String,
+    "selector": pl.String, "method": pl.String, "stage": pl.Int32, "task": pl.String, "folder": pl.String,
+    "tasks": pl.List(pl.String), "scores": pl.List(pl.Float64), "items": pl.List(pl.Int64),
+    "upper": pl.List(pl.Float64), "average_performance": pl.Float64, "backward_transfer": pl.Float64,
+    "forgetting": pl.Float64, "forward_transfer": pl.Float64, "relative_gain": pl.Float64, "current": pl.Int64,
+    "replay": pl.Int64, "augmented": pl.Int64, "steps": pl.Int64, "tokens": pl.Int64,
+}  # fmt: skip
+"""kind: run, single, joint. stage: 0 = before training; its own row for each run. tasks: in the order of training;
+scores, items and upper are of these, null = not measured. settings: what an arm or the grid changed, as JSON. Rows are
+those of the stage's manifest; tokens (padding is not counted) and steps are those of training."""
+Floats = NDArray[np.float64]
+
+
+def collect(plan: Plan) -> pl.DataFrame:
+    """The table of what is done so far."""
+    upper = uppers(plan)
+    rows = [row for run in plan.runs for row in _rows(plan, run, upper)]
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def write(plan: Plan, table: pl.DataFrame) -> Path:
+    """Write the table beside the stages, whole or not at all."""
+    path, half = plan.out / FILE, plan.out / f".{FILE}"
+    table.write_parquet(half)
+    os.replace(half, path)
+    return path
+
+
+def uppers(plan: Plan) -> dict[str, float]:
+    """Task → its score when it is trained alone, mean over seeds; tasks of which that is not known are missing."""
+    found: dict[str, list[float]] = {}
+    for run in plan.runs:
+        if run.kind == "single" and _done(plan, run.stages[0]):
+            found.setdefault(run.tasks[0], []).append(scores(plan.folder(run.stages[0]))[run.tasks[0]][0])
+    return {task: float(np.sort(values).mean()) for task, values in found.items()}
+
+
+def matrix(plan: Plan, run: Run, stages: int) -> Floats:
+    """R [stages + 1, T] of a run, NaN where nothing was scored."""
+    folders = [run.start, *run.stages[:stages]]
+    found = [scores(plan.folder(name)) for name in folders]
+    return np.array([[each.get(task, (np.nan, 0))[0] for task in run.tasks] for each in found], np.float64)
+
+
+def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, Any]]:
+    if not _done(plan, run.start):
+        return
+    best = [upper.get(task) for task in run.tasks]
+    done = 0
+    while done < len(run.stages) and _done(plan, run.stages[done]):
+        done += 1
+    r, how = matrix(plan, run, done), run.recipe.how
+    about = {
+        "run": run.name, "kind": run.kind, "seed": run.seed, "order": how.order, "method": how.method,
+        "settings": json.dumps(run.recipe.changes, sort_keys=True, ensure_ascii=False), "tasks": list(run.tasks),
+        "selector": how.replay.get("selector", "inscl"), "upper": best,
+    }  # fmt: skip
+    for stage in range(done + 1):
+        folder = (run.start, *run.stages)[stage]
+        scored = scores(plan.folder(folder))
+        yield about | {
+            "stage": stage, "task": run.tasks[stage - 1] if stage else None, "folder": folder,
+            "scores": [scored[task][0] if task in scored else None for task in run.tasks],
+            "items": [scored[task][1] if task in scored else None for task in run.tasks],
+            **(_measured(r[: stage + 1], best) if stage and run.kind == "run" else _mean(r[stage], run.kind, best)),
+            **(cost(plan.folder(folder)) if stage else {}),
+        }  # fmt: skip
+
+
+def _measured(r: Floats, upper: Sequence[float | None]) -> dict[str, float | None]:
+    """Metrics of the stages so far; a task to come is no part of them."""
+    n = len(r) - 1
+    known = r[:, :n]
+    found: dict[str, float | None] = {"average_performance": metrics.average_performance(known)}
+    if n > 1:
+        found["backward_transfer"] = metrics.backward_transfer(known)
+        found["forgetting"] = metrics.forgetting(np.where(np.isnan(known), -np.inf, known))
+        transfer = metrics.forward_transfer(known)
+        found["forward_transfer"] = None if np.isnan(transfer) else transfer
+        best = [value for value in upper[:n] if value is not None and value >= LEAST]
+        if len(best) == n:
+            found["relative_gain"] = float(metrics.relative_gain(known, best)[-1])
+    return found
+
+
+def _mean(scores: Floats, kind: str, upper: Sequence[float | None]) -> dict[str, float | None]:
+    """Of a bound, or of the first model: the mean over its tasks; of all at once the relative gain over all of them."""
+    found: dict[str, float | None] = {"average_performance": float(np.nanmean(scores))}
+    best = [value for value in upper if value is not None and value >= LEAST]
+    if kind == "joint" and len(best) == len(scores):
+        found["relative_gain"] = float(100 * (scores / np.array(best)).mean())
+    return found
+
+
+def cost(folder: Path) -> dict[str, int | None]:
+    """Rows of a stage's manifest by origin, and steps and tokens of its training."""
+    origins = dict(
+        pl.read_parquet(folder / "manifest/samples.parquet", columns=["origin"])["origin"].value_counts().iter_rows()
+    )
+    found: dict[str, int | None] = {name: origins.get(name, 0) for name in ("current", "replay", "augmented")}
+    lines = (folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    return found | {"steps": last.get("step"), "tokens": last.get("tokens")}
+
+
+def times(plan: Plan, run: Run) -> dict[str, float] | None:
+    """Seconds of a run by command, each stage counted though others share it; None where one was done by hand."""
+    found: dict[str, float] = {}
+    for name in run.stages:
+        took = seconds(plan.folder(name))
+        if "eval" not in took:
+            return None
+        for command, value in took.items():
+            found[command] = found.get(command, 0.0) + value
+    return found
+
+
+def _done(plan: Plan, folder: str) -> bool:
+    return is_done(plan.folder(folder), plan.stages[folder].kind)
+
+
+def scores(folder: Path) -> dict[str, tuple[float, int]]:
+    """Task → (mean score of the stage's model, items)."""
+    return _read_scores(folder, (folder / "eval/items.parquet").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _read_scores(folder: Path, _: int) -> dict[str, tuple[float, int]]:
+    items = pl.read_parquet(folder / "eval/items.parquet", columns=["checkpoint", "task", "score"])
+    newest = items.filter(pl.col("checkpoint") == pl.col("checkpoint").max())
+    parts = {task: np.sort(part["score"].to_numpy()) for (task,), part in newest.group_by("task")}
+    return {str(task): (float(values.mean()), len(values)) for task, values in parts.items()}
+
+
+# --- runs beside each other ---
+
+
+def ends(table: pl.DataFrame) -> pl.DataFrame:
+    """The last row of every run that is through."""
+    return table.filter(pl.col("kind") == "run", pl.col("stage") == pl.col("tasks").list.len())
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, standard deviation over seeds; None of one)."""
+    found = np.sort(np.asarray(values, np.float64))
+    return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None
+
+
+def difference(table: pl.DataFrame, run: str, baseline: str, metric: str = "relative_gain") -> dict[str, Any] | None:
+    """What a run has more than another at its end, seed by seed: mean, 95% interval by Student's t, the pairs.
+
+    The same seeds draw the same orders in both, so seeds are pairs. None: fewer than one seed in common.
+
+    >>> rows = {"run": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1], "relative_gain": [3.0, 5.0, 1.0, 1.0]}
+    >>> frame = pl.DataFrame(rows).with_columns(kind=pl.lit("run"), stage=1, tasks=pl.lit(["t"]))
+    >>> found = difference(frame, "a", "b")  # differences 2 and 4: 3 ± 12.706 · 1
+    >>> found["mean"], [round(v, 2) for v in found["interval"]], found["pairs"]
+    (3.0, [-9.71, 15.71], 2)
+    """
+    last = ends(table).select("run", "seed", metric)
+    both = last.filter(run=run).join(last.filter(run=baseline), on="seed").sort("seed").drop_nulls()
+    if not both.height:
+        return None
+    more = (both[metric] - both[f"{metric}_right"]).to_numpy()
+    found: dict[str, Any] = {"mean": float(more.mean()), "pairs": len(more), "interval": None}
+    if len(more) > 1:
+        half = float(stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
+        found["interval"] = [found["mean"] - half, found["mean"] + half]
+    return found

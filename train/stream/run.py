@@ -1,0 +1,125 @@
+"""`stream`: plan, files, the stages that are not done, the table and the page."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import polars as pl
+
+from curate.errors import InputError
+from curate.models.weights import model_folder
+from train.folder import LOCK, alone, refuse_foreign
+from train.stream import page, pool, results
+from train.stream.config import StreamConfig
+from train.stream.plan import CACHE, STAGES, Plan, Stage, plan
+from train.stream.stage import is_done, write_files
+
+OWN = (STAGES, CACHE, results.FILE, f".{results.FILE}", page.FILE, f".{page.FILE}.*", page.CURVES, f".{page.CURVES}",
+       LOCK)  # fmt: skip
+
+
+class Screen(Protocol):
+    """Where a stream reports to."""
+
+    def note(self, text: str) -> None:
+        """A line."""
+
+    def begin(self, stages: int, done: int, workers: int) -> None:
+        """So many stages, some of them done before."""
+
+    def start(self, stage: Stage) -> None:
+        """A stage has been given to a process."""
+
+    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+        """A stage is done."""
+
+    def end(self) -> None:
+        """No stage is left, or one has failed."""
+
+
+class Silent:
+    """Says nothing."""
+
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def begin(self, stages: int, done: int, workers: int) -> None:
+        """Says nothing."""
+
+    def start(self, stage: Stage) -> None:
+        """Says nothing."""
+
+    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+        """Says nothing."""
+
+    def end(self) -> None:
+        """Says nothing."""
+
+
+def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None = None) -> pl.DataFrame:
+    """Every run of a stream; returns the table that lies in `out/results.parquet`.
+
+    Args:
+        config: what is run.
+        stage: begin again with this stage, counted from 1: it and those behind it are removed first, in all runs.
+        screen: where progress goes; nowhere by default.
+
+    Raises:
+        InputError: something cannot be used, found before any work wherever it can be; or a stage has failed. What is
+            done stays, and the table and the page are made of it.
+    """
+    screen = screen or Silent()
+    made = prepared(config)
+    with alone(made.out):
+        if stage is not None:
+            _remove(made, stage, len(config.tasks), screen)
+        for each in made.stages.values():
+            write_files(made, each)
+        left = {s.folder for s in made.stages.values() if not is_done(made.folder(s.folder), s.kind)}
+        folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
+        workers = min(max(1, len(left)), pool.workers_for(pool.bytes_of(folder), config.workers))
+        screen.begin(len(made.stages), len(made.stages) - len(left), workers)
+        try:
+            for done, took in pool.in_order(made, left, workers, screen.start) if left else ():
+                screen.finish(done, took, _scores(made, done))
+        finally:
+            screen.end()
+            table = results.collect(made)
+            if table.height:
+                results.write(made, table)
+                page.write(made, table, config)
+    return table
+
+
+def prepared(config: StreamConfig) -> Plan:
+    """The plan of a stream, into whose folder nothing else is written; no stage is begun.
+
+    Raises:
+        InputError: as `stream`.
+    """
+    inputs = [config.path(task.path) for task in config.tasks] + [config.path(config.model)]
+    refuse_foreign(Path(config.out), OWN, [path for path in inputs if path.exists()])
+    return plan(config)
+
+
+def _remove(made: Plan, stage: int, tasks: int, screen: Screen) -> None:
+    """The stages of all runs from one on, whose results are made again."""
+    if not 1 <= stage <= tasks:
+        raise InputError(f"--stage {stage}: there are stages 1 to {tasks}")
+    again = {name for run in made.runs if run.kind == "run" for name in run.stages[stage - 1 :]}
+    there = sorted(name for name in again if made.folder(name).is_dir())
+    for name in there:
+        shutil.rmtree(made.folder(name))
+    screen.note(f"{len(there)} stages from the {stage}. on are removed and made again")
+
+
+def _scores(made: Plan, stage: Stage) -> str:
+    """What a line says of a stage that is done: the mean score of its own task, and of all that were scored."""
+    if stage.kind == "held_out":
+        return ""
+    found = results.scores(made.folder(stage.folder))
+    mean = sum(value for value, _ in found.values()) / len(found)
+    own = f"{found[stage.task][0]:.3f} here, " if stage.kind == "stage" and stage.task in found else ""
+    return f"{own}{mean:.3f} over {len(found)} tasks" if len(found) > 1 else f"{mean:.3f}"

@@ -1,0 +1,115 @@
+"""What a person sees of a stream: a line a stage, a live line with the time left, and a table at the end."""
+
+from __future__ import annotations
+
+import time
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from train.stream.plan import Plan, Stage
+from train.stream.results import ends, spread
+
+
+class Terminal:
+    """Lines for a person; the live one on a terminal only."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.total, self.done, self.first = console, 0, 0, 0
+        self.running: list[str] = []
+        self.began = time.monotonic()
+        self.progress: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """A line."""
+        self.console.print(Text.assemble(("! ", "yellow"), text))
+
+    def begin(self, stages: int, done: int, workers: int) -> None:
+        """What there is to do."""
+        self.total, self.done, self.first, self.began = stages, done, done, time.monotonic()
+        found = f", {done} of them done" if done else ""
+        self.console.print(f"stream: {stages} stages{found} · {workers} process{'es' if workers > 1 else ''}",
+                           highlight=False)  # fmt: skip
+        if self.console.is_terminal and done < stages:
+            self.progress = Progress(TextColumn("[bold]stream"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                                     TextColumn("stages"), TextColumn("{task.description}"), TimeElapsedColumn(),
+                                     TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+                                     console=self.console)  # fmt: skip
+            self.line = self.progress.add_task("", total=stages, completed=done)
+            self.progress.start()
+
+    def start(self, stage: Stage) -> None:
+        """What runs now."""
+        self.running.append(stage.title)
+        self._show()
+
+    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+        """A stage is done, and how far all is."""
+        self.running.remove(stage.title)
+        self.done += 1
+        left = ""
+        if self.progress is None and self.done < self.total:
+            each = (time.monotonic() - self.began) / (self.done - self.first)
+            left = f" · about {_time(each * (self.total - self.done))} left"
+        shown = f" · {scores}" if scores else ""
+        text = Text.assemble(
+            ("✓ ", "green"), f"{self.done} of {self.total} · {stage.title} · {seconds:.0f} s{shown}{left}"
+        )
+        self.console.print(text, soft_wrap=True)
+        self._show()
+
+    def end(self) -> None:
+        """The live line goes."""
+        if self.progress is not None:
+            self.progress.stop()
+
+    def _show(self) -> None:
+        if self.progress is not None:
+            self.progress.update(self.line, completed=self.done, description=" + ".join(self.running[:2]))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def ends_table(table: pl.DataFrame) -> Table:
+    """How runs ended, mean ± standard deviation over seeds."""
+    found = Table(title="after the last stage", title_style="bold")
+    found.add_column("run")
+    columns = (("relative_gain", "relative gain, %", 1), ("average_performance", "AP", 3),
+               ("backward_transfer", "BWT", 3),
+               ("forgetting", "forgetting", 3))  # fmt: skip
+    for *_, name, _ in columns:
+        found.add_column(name, justify="right")
+    for name in ("rows replayed", "seeds"):
+        found.add_column(name, justify="right")
+    last = ends(table)
+    replayed = table.filter(kind="run").group_by("run", "seed").agg(pl.col("replay").sum())
+    for name in last["run"].unique(maintain_order=True):
+        part = last.filter(run=name)
+        counts = replayed.filter(run=name)["replay"].to_list()
+        rows = sum(counts) / len(counts)
+        cells = [_cell(part[column].drop_nulls().to_list(), digits) for column, _, digits in columns]
+        found.add_row(Text(name), *cells, f"{rows:,.0f}", str(part.height))
+    return found
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    mean, sd = spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def by_hand(plan: Plan) -> Table:
+    """Every stage with its folder, what it goes on from, and its commands."""
+    found = Table(title="stages, each in its own folder under stages/; the commands are run there", title_style="bold")
+    for name in ("folder", "goes on from", "commands"):
+        found.add_column(name, overflow="fold")
+    for stage in plan.stages.values():
+        needs = "\n".join(name for name in stage.needs if plan.stages[name].kind != "held_out")
+        found.add_row(stage.folder, needs, "\n".join(step.by_hand for step in stage.steps))
+    return found
