@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import os
@@ -35,3 +36,42 @@ def write_jsonl(tmp_path):
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+
+# Files that take half a minute or more of one core, the longest first.
+LONG = (
+    "test_notebooks",
+    "test_distributed",
+    "test_build",
+    "test_policy",
+    "test_preferences",
+    "test_cppo",
+    "test_run",
+    "test_report_page",
+    "test_folder",
+    "test_local_model",
+    "test_server",
+    "test_logprobs",
+    "test_evaluate",
+)
+
+
+def pytest_configure(config):
+    """Files are begun in the order of `pytest_collection_modifyitems`, not by how many tests they have."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file go to one worker, for they share what its fixtures make; a long file begins early."""
+    place = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    for item in items:
+        if item.path.stem.startswith("test_"):  # the others are doctests
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish():
+    """What is imported stays: nobody looks through all of it again, as each run of a trainer would in the end."""
+    gc.collect()
+    gc.freeze()

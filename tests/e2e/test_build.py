@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
+from commands import called
 
 from curate.build import build
+from curate.cli import main
 from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.manifest import TABLES, check, read
@@ -25,10 +26,15 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples/superni/config.yaml"
 
 
-def curate(*arguments, cwd=None, **more):
+def curate(*arguments, cwd=None):
+    return called(main, *arguments, cwd=cwd)
+
+
+def process(*arguments, cwd=None):
+    """The same in a process of its own, which hashes in another order and has imported nothing."""
     command = [sys.executable, "-m", "curate.cli", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, **more)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 def bytes_of(run: Path) -> dict[str, str]:
@@ -48,7 +54,7 @@ def fails(done, *words, code=1):
 def shipped(tmp_path_factory):
     """The shipped example, built once by the command line; the folder that it was built in."""
     folder = tmp_path_factory.mktemp("shipped")
-    done = curate("build", EXAMPLE, f"out={folder}/run", "--json")
+    done = process("build", EXAMPLE, f"out={folder}/run", "--json")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
@@ -213,21 +219,37 @@ def stream(write_jsonl, tmp_path, sizes=(30, 20, 10), instructions=4, **replay):
     return path
 
 
+# Everything is imported once, and no thread has begun by then, so that each fork is a fresh process in no time.
+KILLER = """
+import os, signal, sys, time
+import curate.blocks, curate.build, curate.cli, curate.tags, sentence_transformers
+
+moments, sys.argv = map(float, sys.argv[1].split()), ["curate", *sys.argv[2:]]
+for moment in moments:
+    if not (process := os.fork()):
+        try:
+            curate.cli.main()
+        finally:
+            os._exit(int(getattr(sys.exc_info()[1], "code", 99) or 0))
+    time.sleep(moment)
+    os.kill(process, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
 def test_killed_anywhere_it_ends_with_the_same_bytes(write_jsonl, tmp_path):
     config = stream(write_jsonl, tmp_path)
     assert curate("build", config, f"out={tmp_path}/whole/run").returncode == 0
-    command = [sys.executable, "-m", "curate.cli", "build", str(config), f"out={tmp_path}/killed/run"]
     rng = random.Random(0)
-    killed = 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(0.5, 6))
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert killed, "the build was never caught running"
+    moments = " ".join(str(rng.uniform(0.02, 1.5)) for _ in range(8))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, moments, "build", str(config), f"out={tmp_path}/killed/run"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes = [int(line) for line in done.stdout.splitlines()]
+    assert len(codes) == 8 and set(codes) <= {0, -signal.SIGKILL}, done.stderr
+    assert -signal.SIGKILL in codes, "the build was never caught running"
     done = curate("build", config, f"out={tmp_path}/killed/run")
     assert done.returncode == 0, done.stderr
     assert bytes_of(tmp_path / "killed/run") == bytes_of(tmp_path / "whole/run")

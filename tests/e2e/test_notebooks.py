@@ -63,7 +63,6 @@ def test_there_are_three():
 
 
 @each
-@pytest.mark.xdist_group("notebooks")
 def test_a_fresh_execution_says_what_is_committed(path, tmp_path):
     copy, folder = tmp_path / path.name, tmp_path / "elsewhere"
     copy.write_bytes(path.read_bytes())

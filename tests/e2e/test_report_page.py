@@ -14,7 +14,7 @@ from report_manifest import hostile, made
 
 from curate.report import report
 
-pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.xdist_group("chromium")]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 pytest.importorskip("selenium")
 
 PLOTS = ("distances", "map", "quota", "clusters", "insinfo", "rows", "curve", "plane")

@@ -24,8 +24,6 @@ from train.folder import checkpoints
 from train.run import CONFIGS, run
 from train.settings import load
 
-pytestmark = pytest.mark.xdist_group("distributed")  # they share runs that take long to start
-
 ROOT = Path(__file__).parent.parent.parent
 STARTER = ROOT / "examples/starter"
 TINY = {"model_type": "llama", "vocab_size": 6144, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

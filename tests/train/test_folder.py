@@ -10,11 +10,13 @@ from dataclasses import replace
 import polars as pl
 import pytest
 import torch
+from commands import called
 from safetensors.torch import load_file
 from test_run import ROOT, STARTER, TINY, same, settings, trained, weights
 
 from curate.errors import InputError
 from curate.manifest import read
+from train.cli import main
 from train.config import CftConfig
 from train.data import Examples
 from train.folder import alone, checkpoints, fault
@@ -23,10 +25,8 @@ from train.run import run
 from train.settings import load
 
 
-def command(*words, **more):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "train.cli", "cft", *words], env=env, capture_output=True, text=True,
-                          timeout=300, **more)  # fmt: skip
+def command(*words):
+    return called(main, "cft", *words)
 
 
 @pytest.fixture
@@ -134,7 +134,9 @@ def test_code_of_a_model_folder_is_not_run_whatever_is_answered(place, start, tm
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     (tmp_path / "m/evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
     words = settings(place, tmp_path / "out", model=tmp_path / "m")
-    done = command(*words, f"tokenizer={STARTER}", input="y\n" * 9)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "train.cli", "cft", *words, f"tokenizer={STARTER}"], env=env,
+                          input="y\n" * 9, capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "pwned").exists()
 
@@ -183,10 +185,14 @@ def test_keys_that_stand_twice_are_refused(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of a file as Linux does")
 @pytest.mark.parametrize("room", [10, 300, 1500])
 def test_a_disk_that_is_full_from_the_start(place, tmp_path, room):
-    limited = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY)); "
-               "from train.cli import main; main()")  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    import resource
+
     words = settings(place, tmp_path / "out", "max_steps=1")
-    full = subprocess.run([sys.executable, "-c", limited, "cft", *words], env=env, capture_output=True, text=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        full = command(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.returncode == 1 and "Traceback" not in full.stderr and "make room" in full.stderr
     assert command(*words).returncode == 0, "the same command begins again"

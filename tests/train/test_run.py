@@ -14,9 +14,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from commands import called
 from safetensors.torch import load_file
 
 from curate.errors import InputError
+from train.cli import main
 from train.config import CftConfig, CptConfig
 from train.data import Examples
 from train.folder import checkpoints
@@ -93,8 +95,7 @@ def test_every_step_tells_its_rows(place, plain):
     every = pl.concat(steps)
     assert every.join(samples, on=["uid", "task", "origin"], how="semi").height == 24
     assert every["uid"].n_unique() == 24, "an epoch is longer than this run: no row came twice"
-    done = subprocess.run([sys.executable, "-m", "train.cli", "lineage", str(place / "plain"), "6", "--json"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = called(main, "lineage", place / "plain", 6, "--json")
     assert [json.loads(line)["uid"] for line in done.stdout.splitlines()] == steps[5]["uid"].to_list()
     with pytest.raises(InputError, match="steps 1 to 6"):
         seen(place / "plain", 7)
@@ -237,9 +238,10 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(place, plain, step):
 
 def test_killed_at_any_moment_and_started_again(place, plain):
     out = place / "killed"
-    command = [sys.executable, "-m", "train.cli", "cft", "--quiet", *settings(place, out, "save_steps=1")]
+    command = ["cft", "--quiet", *settings(place, out, "save_steps=1")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-m", "train.cli", *command], env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoint-*/rehearse.json")) and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
@@ -248,7 +250,7 @@ def test_killed_at_any_moment_and_started_again(place, plain):
     half = out / "checkpoint-9999"  # what a kill inside a save leaves: a folder without its mark
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = called(main, *command)
     assert done.returncode == 0, done.stderr
     assert same(plain, weights(out / "model"))
 
@@ -269,7 +271,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(place, plain, tmp_path, roo
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert "checkpoint-6: could not be written" in full.stderr and "make room" in full.stderr
     assert [c.name for c in out.glob("checkpoint-*")] == ["checkpoint-4"]
-    again = subprocess.run([sys.executable, "-m", "train.cli", "cft", *words], env=env, capture_output=True, text=True)
+    again = called(main, "cft", *words)
     assert again.returncode == 0, again.stderr
     assert same(plain, weights(out / "model"))
 
