@@ -61,14 +61,22 @@ def pytest_configure(config):
     config.option.loadscopereorder = False
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file go to one worker, for they share what its fixtures make.
+
+    Whatever `--dist` says: groups by `xdist_group` are none with pytest 9.2 and pytest-xdist 3.8, which says nothing of
+    it, and every worker would make every fixture.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of a file go to one worker, for they share what its fixtures make; a long file begins early."""
+    """A long file begins early: at the end it would keep one worker busy, and the others would have nothing to do."""
     place = {name: k for k, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-    for item in items:
-        if item.path.stem.startswith("test_"):  # the others are doctests
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish():
