@@ -1,0 +1,257 @@
+"""Whole streams through the real command line: a tiny Llama, real rows, two tasks, three stages deep at most."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+from commands import called
+from test_run import ROOT, STARTER, TINY
+
+from train import metrics
+from train.cli import main
+from train.evaluate import read_matrix
+from train.stream.results import difference, spread
+
+TASKS = ("sentiment_analysis", "misc", "detection")
+CLI = [sys.executable, "-m", "train.cli"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with short real rows of three tasks, a tiny model, and the configuration of a stream of them."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("stream")
+    for name in TASKS:
+        with gzip.open(ROOT / f"examples/superni/{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = sorted((json.loads(line) for line in file), key=lambda row: len(row["definition"] + row["input"]))
+        kept = [r for split, n in (("train", 12), ("test", 4)) for r in [x for x in rows if x["split"] == split][:n]]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    model.save_pretrained(folder / "start")
+    AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder / "start")
+    config = {
+        "name": "tiny", "model": "start", "workers": 1, "seeds": [0],
+        "tasks": [{"name": n, "path": f"{n}.jsonl", "format": "superni", "split": "train"} for n in TASKS[:2]],
+        "replay": {"selector": "random", "budget": 4},
+        "train": {"learning_rate": 0.02, "max_steps": 3, "per_device_train_batch_size": 4, "save_steps": 1,
+                  "max_length": 256, "too_long": "truncate"},
+        "evaluation": {"split": "test", "metric": "rouge_l", "max_new_tokens": 4},
+        "arms": {"none": {"replay.selector": "none"}, "random": {}},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """The stream, through: what the command said."""
+    return called(main, "stream", "--config", "config.yaml", "out=out", cwd=place)
+
+
+def digest(out):
+    return hashlib.sha256((out / "results.parquet").read_bytes()).hexdigest()
+
+
+def folders(out):
+    return sorted(f.name for f in (out / "stages").iterdir())
+
+
+def test_a_stream_from_end_to_end(place, done):
+    assert done.returncode == 0, done.stderr
+    assert "stream: 7 stages · 1 process" in done.stderr
+    assert "7 of 7" in done.stderr and "left" in done.stderr, "how far it is, and how long it will take"
+    table = pl.read_parquet(place / "out/results.parquet")
+    assert sorted(set(table["run"])) == ["", "misc", "none", "random", "sentiment_analysis"]
+    assert table.filter(kind="run").height == 2 * 3, "before training, and two stages, of two runs"
+    last = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
+    assert dict(last.select("run", "replay").iter_rows()) == {"none": 0, "random": 4}
+    assert set(last["current"]) == {12}
+    assert set(table.filter(pl.col("stage") > 0)["steps"]) == {3}
+    for word in ("none", "random", "relative gain", "seeds"):
+        assert word in done.stdout
+    for name in ("stream.html", "curves.svg"):
+        assert (place / "out" / name).stat().st_size > 1000
+
+
+def test_metrics_are_those_of_the_scores(place, done):
+    table = pl.read_parquet(place / "out/results.parquet")
+    for name in ("none", "random"):
+        rows = table.filter(run=name).sort("stage")
+        r = np.array([[np.nan if v is None else v for v in scores] for scores in rows["scores"].to_list()])
+        assert np.isnan(r[1, 1]), "a task to come is not scored"
+        for stage, scores in enumerate(r):  # the items themselves
+            items = pl.read_parquet(place / "out/stages" / rows["folder"][stage] / "eval/items.parquet")
+            for task, value in zip(TASKS[:2], scores, strict=True):
+                mine = items.filter(task=task)["score"]
+                assert np.isnan(value) if not mine.len() else value == pytest.approx(mine.mean(), abs=1e-12)
+        end = rows.row(-1, named=True)
+        alone = [table.filter(kind="single", run=task, stage=1)["scores"][0][0] for task in TASKS[:2]]
+        assert end["upper"] == pytest.approx(alone)
+        assert end["average_performance"] == pytest.approx(r[2].mean())
+        assert end["backward_transfer"] == pytest.approx(r[2, 0] - r[1, 0])  # T - 1 = 1 older task
+        assert end["forgetting"] == pytest.approx(r[1, 0] - r[2, 0])
+        if alone[0] > 1e-9:
+            assert end["relative_gain"] == pytest.approx(100 * r[2, 0] / alone[0])
+        assert end["forward_transfer"] is None
+
+
+def test_what_is_done_is_not_done_again(place, done):
+    before = {f: f.stat().st_mtime_ns for f in (place / "out/stages").rglob("model.safetensors")}
+    was = digest(place / "out")
+    again = called(main, "stream", "--config", "config.yaml", "out=out", "--quiet", cwd=place)
+    assert again.returncode == 0 and not again.stdout + again.stderr
+    assert {f: f.stat().st_mtime_ns for f in (place / "out/stages").rglob("model.safetensors")} == before
+    assert digest(place / "out") == was
+
+
+def test_a_stage_by_hand_is_the_streams(place, done, tmp_path):
+    """The commands that --by-hand prints, run in the folders in their order, give the same table."""
+    shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
+    shown = called(main, "stream", "--config", "config.yaml", "out=out", "--by-hand", "arms={random: {}}",
+                   "bounds={single: false, joint: false}", cwd=tmp_path / "p")  # fmt: skip
+    assert shown.returncode == 0 and "train cft --config train.yaml" in shown.stdout, shown.stderr
+    from curate.cli import main as curate
+
+    stages = {f.name: json.loads((f / "stage.json").read_bytes()) for f in (tmp_path / "p/out/stages").iterdir()}
+    for name in sorted(stages, key=lambda name: len(stages[name]["needs"])):
+        for command in stages[name]["commands"]:
+            program, *words = command.split()
+            made = called(curate if program == "curate" else main, *words, cwd=tmp_path / "p/out/stages" / name)
+            assert made.returncode == 0, made.stderr
+    end = called(main, "stream", "--config", "config.yaml", "out=out", "arms={random: {}}",
+                 "bounds={single: false, joint: false}", cwd=tmp_path / "p")  # fmt: skip
+    assert "5 of them done" not in end.stderr and "4 stages, 4 of them done" in end.stderr
+    columns = ["run", "seed", "stage", "task", "folder", "scores", "average_performance", "steps", "tokens", "replay"]
+    mine, theirs = (pl.read_parquet(p / "results.parquet").filter(run="random").select(columns)
+                    for p in (tmp_path / "p/out", place / "out"))  # fmt: skip
+    assert mine.equals(theirs), "in another folder, by hand"
+
+
+def test_again_from_a_stage(place, done, tmp_path):
+    shutil.copytree(place, tmp_path / "p")
+    out, was = tmp_path / "p/out", digest(place / "out")
+    seconds = [f for f in folders(out) if f.startswith("2-")]
+    assert len(seconds) == 2
+    marks = [out / "stages" / name / "mine" for name in folders(out)]
+    for mark in marks:
+        mark.touch()
+    again = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "2", cwd=tmp_path / "p")
+    assert "2 stages from the 2. on are removed and made again" in again.stderr, again.stderr
+    assert [m.parent.name for m in marks if not m.exists()] == seconds, "those and no others"
+    assert digest(out) == was
+    wrong = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "3", cwd=tmp_path / "p")
+    assert wrong.returncode == 1 and "there are stages 1 to 2" in wrong.stderr
+
+
+def ended(process, patience=60):
+    try:
+        process.wait(patience)
+    finally:
+        process.kill()
+
+
+def test_killed_and_resumed_it_ends_with_the_same_table(place, done, tmp_path):
+    """Twice: the process that plans, and so the one that trains, at moments drawn by a seed."""
+    shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
+    rng, out = random.Random(1), tmp_path / "p/out"
+    words = [*CLI, "stream", "--config", "config.yaml", "out=out", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for kills in range(2):
+        process = subprocess.Popen(words, cwd=tmp_path / "p", env=environment)
+        start, reached = time.monotonic(), len(list(out.glob("stages/*/eval/metrics.json")))
+        while len(list(out.glob("stages/*/eval/metrics.json"))) <= reached and time.monotonic() - start < 120:
+            time.sleep(0.05)  # at least one stage further, then a moment inside the next
+        time.sleep(rng.uniform(0, 1.5))
+        assert process.poll() is None or kills, "killed while it runs"
+        process.send_signal(signal.SIGKILL)
+        ended(process)
+    after = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
+    assert after.returncode == 0, after.stderr
+    assert "of them done" in after.stderr
+    assert digest(out) == digest(place / "out")
+
+
+def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_path):
+    shutil.copytree(place, tmp_path / "p")
+    out = tmp_path / "p/out"
+    broken = next(f for f in folders(out) if f.startswith("2-"))
+    shutil.rmtree(out / "stages" / broken / "train")
+    for name in ("seconds.json", "eval/metrics.json"):
+        (out / "stages" / broken / name).unlink()
+    (out / "stages" / broken / "train").write_text("a file in the way")
+    failed = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
+    assert failed.returncode == 1
+    assert f"stages/{broken}: out train: a file, not a folder" in failed.stderr
+    table = pl.read_parquet(out / "results.parquet")
+    ended_ = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
+    assert ended_.height == 1, "the run that is through is in the table, the other as far as it came"
+    (out / "stages" / broken / "train").unlink()
+    assert called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p").returncode == 0
+    assert digest(out) == digest(place / "out")
+
+
+def test_two_streams_at_one_place(place, done, tmp_path):
+    from filelock import FileLock
+
+    shutil.copytree(place, tmp_path / "p")
+    with FileLock(tmp_path / "p/out/.lock"):
+        second = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
+    assert second.returncode == 1 and "another run is writing into it" in second.stderr
+    (tmp_path / "p/out/mine.txt").touch()
+    foreign = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
+    assert foreign.returncode == 1 and "'mine.txt'" in foreign.stderr
+
+
+def test_ewc_and_every_task(place, tmp_path):
+    """Fisher of stage 1 is held in stage 2, and scores of tasks to come give forward transfer."""
+    shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
+    words = ["arms={ewc: {train.ewc.weight: 10}}", "evaluation.every_task=true", "evaluation.per_task=2",
+             "bounds={single: false, joint: false}", "fisher.samples=4", "workers=2"]  # fmt: skip
+    made = called(main, "stream", "--config", "config.yaml", "out=out", *words, cwd=tmp_path / "p")
+    assert made.returncode == 0, made.stderr
+    (second,) = (tmp_path / "p/out/stages").glob("2-*")
+    said = json.loads((second / "train/run.json").read_bytes())
+    (first,) = (tmp_path / "p/out/stages").glob("1-*")
+    assert said["settings"]["ewc"] == {"weight": 10.0, "fisher": [f"../{first.name}/fisher"]}
+    assert (second / "fisher/fisher.safetensors").is_file()
+    table = pl.read_parquet(tmp_path / "p/out/results.parquet").sort("stage")
+    r = table["scores"].to_list()
+    assert table["forward_transfer"][2] == pytest.approx(r[1][1] - r[0][1])
+    assert table["relative_gain"].null_count() == 3, "no task alone, no upper bound"
+    assert table["average_performance"][2] == pytest.approx(metrics.average_performance(r))
+
+
+def test_a_difference_of_pairs():
+    """Gains 50, 60, 70 against 40, 55, 58: differences 10, 5, 12; mean 9, sd √13; t(0.975, 2) = 4.3027."""
+    rows = {"run": ["a"] * 3 + ["b"] * 3, "seed": [0, 1, 2] * 2, "relative_gain": [50.0, 60, 70, 40, 55, 58]}
+    frame = pl.DataFrame(rows).with_columns(kind=pl.lit("run"), stage=1, tasks=pl.lit(["t"]))
+    found = difference(frame, "a", "b")
+    assert found["mean"] == pytest.approx(9)
+    half = 4.302653 * (13**0.5) / 3**0.5  # (1 + 16 + 9) / 2 = 13
+    assert found["interval"] == pytest.approx([9 - half, 9 + half], abs=1e-5)
+    assert difference(frame.filter(pl.col("seed") == 0), "a", "b")["interval"] is None
+    assert difference(frame, "a", "none") is None
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+
+
+def test_a_matrix_of_a_stage_can_be_read(place, done):
+    """What a stage leaves is what `train eval` leaves."""
+    (first, *_) = Path(place / "out/stages").glob("1-sentiment*")
+    (r,) = read_matrix(first / "eval/matrix.csv")
+    table = pl.read_parquet(place / "out/results.parquet").filter(pl.col("folder") == first.name)
+    assert table["scores"][0][0] == r[0]

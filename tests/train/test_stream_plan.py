@@ -1,0 +1,211 @@
+"""A stream's settings and its tree of stages: nothing is trained here."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from test_run import STARTER
+
+from curate.errors import InputError
+from curate.manifest import ManifestError
+from curate.settings import checked
+from train.stream.config import StreamConfig
+from train.stream.plan import plan
+
+TASKS = ("a", "b", "c")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A stream of three tasks with two rows for training and one held out each; plan(...) of it with changes."""
+    for name in TASKS:
+        rows = [{"instruction": f"Say {name}.", "input": str(i), "output": name, "split": "test" if i == 2 else "train"}
+                for i in range(3)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": str(STARTER), "out": str(tmp_path / "out"), "base": str(tmp_path),
+        "tasks": [{"name": n, "path": f"{n}.jsonl", "format": "alpaca", "split": "train"} for n in TASKS],
+        "replay": {"selector": "random", "budget": 1}, "train": {"max_steps": 1},
+    }  # fmt: skip
+
+
+def planned(base, **changes):
+    return plan(checked(StreamConfig, {**base, **changes}))
+
+
+def runs(made, kind="run"):
+    return [run for run in made.runs if run.kind == kind]
+
+
+def step(made, folder, command):
+    return next(s.settings for s in made.stages[folder].steps if s.command == command)
+
+
+def test_what_runs_share_is_one_stage(base):
+    arms = {"none": {"replay.selector": "none"}, "random": {}, "uniform": {"replay.selector": "uniform"}}
+    made = planned(base, arms=arms)
+    firsts = {run.stages[0] for run in runs(made)}
+    assert len(firsts) == 1, "nothing is replayed in a first stage, whatever the selector"
+    assert {run.stages[0] for run in runs(made, "single") if run.tasks == ("a",)} == firsts
+    # held-out rows, the first model, the shared stage 1, stages 2 and 3 of three arms, b and c alone, all at once
+    assert len(made.stages) == 1 + 1 + 1 + 2 * 3 + 2 + 1
+    places = {folder: at for at, folder in enumerate(made.stages)}
+    assert all(places[need] < places[s.folder] for s in made.stages.values() for need in s.needs)
+
+
+def test_a_budget_makes_no_second_run_without_replay(base):
+    made = planned(base, grid={"replay.selector": ["none", "random"], "replay.ratio": [0.5, 1.0]})
+    by_name = {run.name: run.stages for run in runs(made)}
+    assert list(by_name) == ["none · ratio 0.5", "none · ratio 1.0", "random · ratio 0.5", "random · ratio 1.0"]
+    assert by_name["none · ratio 0.5"] == by_name["none · ratio 1.0"]
+    assert by_name["random · ratio 0.5"][0] == by_name["random · ratio 1.0"][0]
+    assert by_name["random · ratio 0.5"][1:] != by_name["random · ratio 1.0"][1:]
+    assert step(made, by_name["random · ratio 0.5"][1], "build")["replay"] == {"selector": "random", "ratio": 0.5}
+
+
+def test_orders(base):
+    made = planned(base, grid={"order": ["curriculum", "reverse", "random"]}, seeds=list(range(8)))
+    orders = {}
+    for run in runs(made):
+        orders.setdefault(run.name, []).append(run.tasks)
+    assert set(orders["curriculum"]) == {("a", "b", "c")}
+    assert set(orders["reverse"]) == {("c", "b", "a")}
+    assert len(set(orders["random"])) > 1, "drawn by the seed"
+    assert all(sorted(tasks) == ["a", "b", "c"] for tasks in orders["random"])
+    again = planned(base, grid={"order": ["curriculum", "reverse", "random"]}, seeds=list(range(8)))
+    assert list(again.stages) == list(made.stages)
+
+
+def test_a_stage_is_its_tasks_so_far_and_goes_on_from_the_one_before(base):
+    made = planned(base)
+    first, second, third = runs(made)[0].stages
+    assert [t["name"] for t in step(made, third, "build")["tasks"]] == ["a", "b", "c"]
+    assert step(made, first, "cft")["model"].endswith("examples/starter")
+    assert step(made, third, "cft")["model"] == f"../{second}/train/model"
+    assert step(made, third, "eval")["models"] == ["train/model"]
+    assert step(made, second, "eval")["tasks"] == ["a", "b"]
+    assert step(made, second, "eval")["data"] == f"../{made.stages[second].needs[0]}/manifest"
+    alone = next(run for run in runs(made, "single") if run.tasks == ("c",))
+    assert step(made, alone.stages[0], "eval")["tasks"] == ["c"]
+    (joint,) = runs(made, "joint")
+    assert step(made, joint.stages[0], "build")["replay"]["ratio"] == 1000.0  # all rows of all tasks
+
+
+def test_every_path_is_relative_to_the_stage(base, tmp_path):
+    made = planned(base)
+    place = tmp_path / "out/stages/x"
+    place.mkdir(parents=True)
+    for stage in made.stages.values():
+        for each in stage.steps:
+            text = json.dumps(each.settings)
+            assert str(tmp_path) not in text, "so that the tree can move with its sources"
+    path = step(made, runs(made)[0].stages[0], "build")["tasks"][0]["path"]
+    assert (place / path).resolve() == tmp_path / "a.jsonl"
+
+
+def test_a_stage_is_named_after_all_that_decides_it(base, tmp_path):
+    names = set(planned(base).stages)
+    assert set(planned(base, train={"max_steps": 2}).stages) != names
+    assert set(planned(base, name="another title").stages) != names  # it is on the manifests' cards
+    assert set(planned({**base, "workers": 3}).stages) == names
+    stage_2 = runs(planned(base))[0].stages[1]
+    (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text().replace("Say b", "Tell b"))
+    after = runs(planned(base))[0].stages
+    assert after[0] not in names or after[0] == runs(planned(base))[0].stages[0]
+    assert after[1] != stage_2, "other bytes, another stage"
+
+
+def test_what_a_method_holds_is_named_stage_by_stage(base):
+    ewc = planned(base, train={"max_steps": 1, "ewc": {"weight": 10}}, fisher={"samples": 1})
+    first, second, third = runs(ewc)[0].stages
+    assert "ewc" not in step(ewc, first, "cft")
+    assert step(ewc, third, "cft")["ewc"] == {"weight": 10, "fisher": [f"../{first}/fisher", f"../{second}/fisher"]}
+    assert step(ewc, second, "fisher")["samples"] == 1
+    o_lora = planned(base, train={"max_steps": 1, "lora": {"r": 2}, "o_lora": {"weight": 0.5}})
+    first, second, third = runs(o_lora)[0].stages
+    assert "o_lora" not in step(o_lora, first, "cft")
+    assert step(o_lora, third, "cft")["o_lora"]["previous"] == [f"../{second}/train/model"]
+    assert step(o_lora, third, "cft")["model"] == step(o_lora, first, "cft")["model"], "adapters beside the first model"
+    cppo = planned(base, method="cppo", train={"max_steps": 1, "reward": "exact"})
+    first, second, _ = runs(cppo)[0].stages
+    assert step(cppo, second, "cppo")["value"] == {"head": f"../{first}/train/value.safetensors"}
+    assert "value" not in step(cppo, first, "cppo")
+
+
+def test_buffers_of_copr_and_the_policy_of_a_build(base):
+    copr = planned(base, method="copr", replay={"selector": "none"}, build={"policy": {"batch_size": 4}},
+                   train={"max_steps": 1, "mixture": {"current": 0.75, "replay": 0.25}})  # fmt: skip
+    first, second, third = runs(copr)[0].stages
+    assert step(copr, third, "copr")["buffers"] == [f"../{first}/train/buffer", f"../{second}/train/buffer"]
+    assert "mixture" not in step(copr, first, "copr")
+    assert step(copr, second, "copr")["mixture"] == {"current": 0.75, "replay": 0.25}
+    assert step(copr, third, "build")["policy"] == {"batch_size": 4, "model": f"../{second}/train/model"}
+
+
+def test_selectors_that_ask_the_model_ask_the_checkpoint(base):
+    made = planned(base, replay={"selector": "perplexity_ratio", "budget": 1})
+    first, second, third = runs(made)[0].stages
+    assert "policy" not in step(made, first, "build")
+    assert step(made, third, "build")["policy"] == {"model": f"../{second}/train/model"}
+    assert step(made, third, "build")["reference"]["model"].endswith("examples/starter")
+
+
+def test_a_mixture_counts_where_something_comes_back(base):
+    mixture = {"current": 0.5, "replay": 0.5}
+    made = planned(base, train={"max_steps": 1, "mixture": mixture},
+                   arms={"none": {"replay.selector": "none"}, "random": {}})  # fmt: skip
+    none, random = runs(made)
+    assert "mixture" not in step(made, none.stages[2], "cft")
+    assert step(made, random.stages[1], "cft")["mixture"] == mixture
+    assert "mixture" not in step(made, random.stages[0], "cft")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"x": {"seeds": [1]}}}, r"arms\.x: 'seeds' is not in order, replay"),
+        ({"grid": {"replay.ratio": []}}, r"grid\.replay\.ratio: no values"),
+        ({"grid": {"replay.ratio": [0.5, 0.5]}}, "two runs are called"),
+        ({"grid": {"train.learning_rat": [1]}}, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"grid": {"order": ["backwards"]}}, "run 'stream'.*order"),
+        ({"arms": {"a/b": {}}}, "a name has letters"),
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"seeds": [-1]}, "-1 is not between 0"),
+        ({"train": {"out": "x"}}, r"train\.out: set by the stream"),
+        ({"build": {"replay": {}}}, r"build\.replay: a key of the stream itself"),
+        ({"replay": {"selector": "inscl", "budgett": 3}}, r"unknown key 'replay\.budgett'"),
+        ({"evaluation": {"split": "train"}}, r"tasks\.0\.split: 'train' is what"),
+        ({"evaluation": {"data": "nowhere"}}, "nowhere"),
+        ({"evaluation": {}}, "give one of `split`"),
+        ({"baseline": "inscl"}, "baseline: 'inscl' is no run of this stream.*\n.*'stream'"),
+        ({"model": "no/such-model-here"}, "no/such-model-here"),
+        ({"train": {"max_steps": 1, "kl": {"weight": -1}}}, r"kl\.weight"),
+        ({"method": "sft"}, "method"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_any_work(base, tmp_path, changes, says):
+    with pytest.raises((InputError, ManifestError), match=rf"(?s){says}"):
+        planned(base, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_that_leak_or_are_cut(base):
+    tasks = [{k: v for k, v in task.items() if k != "split"} for task in base["tasks"]]
+    with pytest.raises(InputError, match=r"tasks\.0\.split: name the split that is trained on"):
+        planned(base, tasks=tasks)
+    with pytest.raises(InputError, match="two are named 'a'"):
+        planned(base, tasks=[base["tasks"][0], {**base["tasks"][1], "name": "A"}])
+    missing = [{**base["tasks"][0], "path": "none.jsonl"}, base["tasks"][1]]
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        planned(base, tasks=missing)
+
+
+def test_the_shipped_example_is_a_stream(tmp_path):
+    from train.stream.config import StreamConfig
+
+    file = STARTER.parent / "stream/config.yaml"
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    made = plan(checked(StreamConfig, {**data, "base": str(file.parent), "out": str(tmp_path / "out")}))
+    assert {run.name for run in runs(made)} >= {"none", "random", "inscl"}
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
