@@ -1,0 +1,137 @@
+"""Does measured replay beat guessed replay? A stream of six tasks, every selector, several seeds, through `train stream`.
+
+    python benchmarks/stream.py SUPERNI_FOLDER [--parts selectors,budgets,orders,methods] [--seeds 5] [--out FOLDER]
+
+SUPERNI_FOLDER holds <category>.jsonl.gz; `examples/stream/select_rows.py` takes short rows with few different answers
+of six categories (110 for training and 40 held out, of each). Starter model, all parameters, 2 passes, batches of 8, peak
+rate 2e-3, linear decay, bfloat16 autocast; Rouge-L of greedy answers. At this rate a model without replay keeps next to
+nothing, so selectors can differ. Stages that parts share are trained once; a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+
+from curate.settings import checked
+from train.stream import StreamConfig, stream
+from train.stream.results import difference, ends, spread
+from train.stream.screen import Terminal
+
+ROOT = Path(__file__).parent.parent
+TASKS = ("misc", "text_quality_evaluation", "sentiment_analysis", "comprehension", "detection", "classification")
+ON_POLICY = {
+    "replay.selector": "uniform", "replay.completions": "policy", "replay.min_reward": 0.5,
+    "build.rollouts": {"k": 8, "max_new_tokens": 6, "origins": ["replay"], "reward": "exact"},
+}  # fmt: skip
+SELECTORS = ("none", "random", "inscl", "uniform", "dynamic_only", "insinfo_only", "prototype_data",
+             "prototype_instruction", "diverse_instruction", "highest_loss", "perplexity_ratio")  # fmt: skip
+LORA = {"train.lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, "train.learning_rate": 1e-2}
+NONE, RANDOM = {"replay.selector": "none"}, {"replay.selector": "random"}
+
+
+def both(name: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A method without and with replay."""
+    return {name: {**NONE, **settings}, f"{name} + replay": {**RANDOM, **settings}}
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "selectors": {"arms": {**{name: {"replay.selector": name} for name in SELECTORS}, "on-policy": ON_POLICY}},
+    "budgets": {"arms": {name: {"replay.selector": name} for name in ("random", "inscl")},
+                "grid": {"replay.ratio": [0.01, 0.1]}},
+    "orders": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
+               "grid": {"order": ["reverse", "random"]}},
+    "methods": {"arms": {
+        **both("CFT", {}), **both("CFT + KL 0.1", {"train.kl.weight": 0.1}),
+        **both("CFT + KL 1", {"train.kl.weight": 1.0}), **both("CFT + EWC 100", {"train.ewc.weight": 100}),
+        **both("CFT + EWC 10000", {"train.ewc.weight": 10000}), **both("LoRA", LORA),
+        **both("O-LoRA", {**LORA, "train.o_lora.weight": 0.5}),
+    }},
+}  # fmt: skip
+
+
+def config(part: str, seeds: list[int], data: Path, out: Path, workers: int | None, tasks: list[str]) -> StreamConfig:
+    """The stream of a part."""
+    given = {
+        "name": "six tasks in a row", "model": str(ROOT / "examples/starter"), "seeds": seeds,
+        "tasks": [{"name": t, "path": str(data / f"{t}.jsonl.gz"), "format": "superni", "split": "train"} for t in tasks],
+        "replay": {"selector": "random", "ratio": 0.05},
+        "train": {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8, "bf16": True,
+                  "lr_scheduler_type": "linear", "save_strategy": "no"},
+        "fisher": {"samples": 60},
+        "evaluation": {"split": "test", "metric": "rouge_l", "max_new_tokens": 6, "batch_size": 64},
+        "out": str(out), "workers": workers, **PARTS[part],
+    }  # fmt: skip
+    return checked(StreamConfig, given)
+
+
+def show(part: str, table: pl.DataFrame, seeds: list[int]) -> None:
+    """A part's table in Markdown: how its runs ended, and what they have more than random replay."""
+    names = table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
+    last = ends(table)
+    print(f"\n### {part}, seeds {', '.join(map(str, seeds))}\n")
+    print("| run | relative gain, % | AP | BWT | replayed rows | more than random [95 %] | more than none [95 %] |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        mine = last.filter(run=name)
+        if not mine.height:
+            continue
+        cells = [_spread(mine[c].to_list(), d) for c, d in (
+            ("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3))]  # fmt: skip
+        replayed = table.filter(run=name, kind="run").group_by("seed").agg(pl.col("replay").sum())["replay"].to_list()
+        beside = [_difference(table, name, "random"), _difference(table, name, "none")]
+        print(f"| {name} | {' | '.join(cells)} | {sum(replayed) / len(replayed):.0f} | {' | '.join(beside)} |")
+    for kind, what in (("single", "alone"), ("joint", "all at once")):
+        found = table.filter(pl.col("kind") == kind, pl.col("stage") == 1)
+        scores: dict[str, list[float]] = {}
+        for tasks, values in found.select("tasks", "scores").iter_rows():
+            for task, value in zip(tasks, values, strict=True):
+                scores.setdefault(task, []).append(value)
+        print(f"\n{what}: " + ", ".join(f"{task} {_spread(some, 2)}" for task, some in scores.items()))
+
+
+def _difference(table: pl.DataFrame, name: str, other: str) -> str:
+    """Beside the run of the other selector with the same grid."""
+    against = " · ".join([other, *name.split(" · ")[1:]])
+    if name == against or not ends(table).filter(run=against).height:
+        return "–"
+    found = difference(table, name, against)
+    if found is None:
+        return "–"
+    low, high = found["interval"] or (float("nan"),) * 2
+    return f"{found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean, sd = spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def main() -> None:
+    """The command line."""
+    sys.path.insert(0, str(ROOT / "examples/stream"))
+    from select_rows import write  # type: ignore[import-not-found]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--out", type=Path, default=Path("runs/stream-proof"))
+    args = parser.parse_args()
+    seeds, tasks = list(range(args.seeds)), args.tasks.split(",")
+    data = args.out.parent / f"{args.out.name}-rows"
+    write(args.folder, data, tasks, 120, {"train": 110, "test": 40}, False)
+    for part in args.parts.split(","):
+        table = stream(config(part, seeds, data, args.out, args.workers, tasks), screen=Terminal(Console(stderr=True)))
+        show(part, table, seeds)
+
+
+if __name__ == "__main__":
+    main()
