@@ -233,7 +233,7 @@ for moment in moments:
             os._exit(int(getattr(sys.exc_info()[1], "code", 99) or 0))
     time.sleep(moment)
     os.kill(process, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 
 
@@ -241,14 +241,14 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(write_jsonl, tmp_path):
     config = stream(write_jsonl, tmp_path)
     assert curate("build", config, f"out={tmp_path}/whole/run").returncode == 0
     rng = random.Random(0)
-    moments = " ".join(str(rng.uniform(0.02, 1.5)) for _ in range(8))
+    moments = " ".join(str(rng.uniform(0.05, 0.7)) for _ in range(6))
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, moments, "build", str(config), f"out={tmp_path}/killed/run"],
+        [sys.executable, "-c", KILLER, moments, "build", str(config), f"out={tmp_path}/killed/run", "--quiet"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     codes = [int(line) for line in done.stdout.splitlines()]
-    assert len(codes) == 8 and set(codes) <= {0, -signal.SIGKILL}, done.stderr
+    assert len(codes) == 6 and set(codes) <= {0, -signal.SIGKILL}, done.stderr
     assert -signal.SIGKILL in codes, "the build was never caught running"
     done = curate("build", config, f"out={tmp_path}/killed/run")
     assert done.returncode == 0, done.stderr

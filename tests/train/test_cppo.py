@@ -285,7 +285,7 @@ def test_group_advantages_and_their_closed_form(place, tmp_path):
 
 
 def test_training_raises_the_reward_and_retention_holds_it_back(place, tmp_path):
-    fixed = ("max_steps=40", "optim=adamw_torch", "learning_rate=0.02", "kl={coef: 0, most: 1000000}", "missing_end=0",
+    fixed = ("max_steps=20", "optim=adamw_torch", "learning_rate=0.05", "kl={coef: 0, most: 1000000}", "missing_end=0",
              "rollouts={prompts: 16, k: 2, max_new_tokens: 6, passes: 1}", "per_device_train_batch_size=32",
              "save_strategy=no", "reward.function='length:vowels'", "value.clip=10", "weights.kind=none")  # fmt: skip
     free = trained(place, tmp_path / "free", *fixed, "retention.weight=0")
