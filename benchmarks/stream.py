@@ -1,11 +1,11 @@
-"""Does measured replay beat guessed replay? A stream of six tasks, every selector, several seeds, through `train stream`.
+"""Does measured replay beat guessed replay? Six tasks in a row, every selector, several seeds, through `train stream`.
 
     python benchmarks/stream.py SUPERNI_FOLDER [--parts selectors,budgets,orders,methods] [--seeds 5] [--out FOLDER]
 
 SUPERNI_FOLDER holds <category>.jsonl.gz; `examples/stream/select_rows.py` takes short rows with few different answers
-of six categories (110 for training and 40 held out, of each). Starter model, all parameters, 2 passes, batches of 8, peak
-rate 2e-3, linear decay, bfloat16 autocast; Rouge-L of greedy answers. At this rate a model without replay keeps next to
-nothing, so selectors can differ. Stages that parts share are trained once; a run that was killed goes on.
+of six categories (110 for training and 40 held out, of each). Starter model, all parameters, 2 passes, batches of 8,
+peak rate 2e-3, linear decay, bfloat16 autocast; Rouge-L of greedy answers. At this rate a model without replay keeps
+next to nothing, so selectors can differ. Stages that parts share are trained once; a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def config(part: str, seeds: list[int], data: Path, out: Path, workers: int | No
     """The stream of a part."""
     given = {
         "name": "six tasks in a row", "model": str(ROOT / "examples/starter"), "seeds": seeds,
-        "tasks": [{"name": t, "path": str(data / f"{t}.jsonl.gz"), "format": "superni", "split": "train"} for t in tasks],
+        "tasks": [{"name": t, "path": str(data / f"{t}.jsonl.gz"), "format": "superni", "split": "train"}
+                  for t in tasks],
         "replay": {"selector": "random", "ratio": 0.05},
         "train": {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8, "bf16": True,
                   "lr_scheduler_type": "linear", "save_strategy": "no"},

@@ -140,10 +140,14 @@ def _gains(table: pl.DataFrame, names: list[str]) -> Section:
     for name in names:
         part = last.filter(run=name)
         rows.append([short(name), *(_cell(part[m].drop_nulls().to_list(), d) for m, d in
-                     (("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3), ("forgetting", 3))),
-                     str(part.height)])  # fmt: skip
-    header = ["run", "relative gain, %", "AP", "BWT", "forgetting", "seeds"]
-    ended = Table("After the last stage: mean ± standard deviation over seeds.", header, rows, [1, 2, 3, 4, 5])
+                     (("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3), ("forgetting", 3),
+                      ("KGR", 3), ("KRR", 3))), str(part.height)])  # fmt: skip
+    header = ["run", "relative gain, %", "AP", "BWT", "forgetting", "KGR", "KRR", "seeds"]
+    caption = (
+        "After the last stage: mean ± standard deviation over seeds. KGR, KRR: of the items that were wrong, or right, "
+        "before training, the share that is right now."
+    )
+    ended = Table(caption, header, rows, list(range(1, len(header))))
     layout = {"height": 440, "xaxis": {"title": {"text": "stage"}, "tickvals": sorted(reached)},
               "yaxis": {"title": {"text": NAMES[measure]}, "rangemode": "tozero"}, "showlegend": True}  # fmt: skip
     says = ["Relative gain after stage i: the mean, over the tasks before i, of a task's score as a share of what it "
@@ -178,11 +182,13 @@ def _differences(table: pl.DataFrame, names: list[str], baseline: str) -> Sectio
     }  # fmt: skip
     layout = {"height": height(len(kept), 30), "yaxis": names_axis(kept), "showlegend": False,
               "xaxis": {"title": {"text": f"difference in {NAMES[measure]}"}, "zeroline": True}}  # fmt: skip
-    seeds = plural(max(d["pairs"] for d in found.values()), "seed")
-    says = [
-        "Seed by seed, as the same seed draws the same order of tasks and rows in both. A bar is the 95 % interval of "
-        f"the mean by Student's t; where it holds 0, {seeds} cannot tell the two apart."
-    ]
+    seeds = max(d["pairs"] for d in found.values())
+    chance = (
+        f"A bar is the 95 % interval of the mean by Student's t; where it holds 0, {seeds} seeds cannot part the two."
+        if seeds > 1
+        else "With one seed nothing can be said of chance."
+    )
+    says = [f"Seed by seed, as the same seed draws the same order of tasks and rows in both. {chance}"]
     plot = Plot(
         "difference", "Differences with their intervals", f"{plural(len(kept), 'difference')}.", [trace], layout, table_
     )

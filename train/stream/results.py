@@ -11,8 +11,10 @@ scored (`evaluation.every_task: false`), the maximum in forgetting is over stage
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
+from curate.errors import InputError
 from train import metrics
 from train.evaluate import LEAST
 from train.stream.plan import Plan, Run
@@ -33,12 +36,14 @@ SCHEMA: dict[str, Any] = {
     "selector": pl.String, "method": pl.String, "stage": pl.Int32, "task": pl.String, "folder": pl.String,
     "tasks": pl.List(pl.String), "scores": pl.List(pl.Float64), "items": pl.List(pl.Int64),
     "upper": pl.List(pl.Float64), "average_performance": pl.Float64, "backward_transfer": pl.Float64,
-    "forgetting": pl.Float64, "forward_transfer": pl.Float64, "relative_gain": pl.Float64, "current": pl.Int64,
+    "forgetting": pl.Float64, "forward_transfer": pl.Float64, "relative_gain": pl.Float64, "ACC": pl.Float64,
+    "KGR": pl.Float64, "KRR": pl.Float64, "current": pl.Int64,
     "replay": pl.Int64, "augmented": pl.Int64, "steps": pl.Int64, "tokens": pl.Int64,
 }  # fmt: skip
 """kind: run, single, joint. stage: 0 = before training; its own row for each run. tasks: in the order of training;
 scores, items and upper are of these, null = not measured. settings: what an arm or the grid changed, as JSON. Rows are
-those of the stage's manifest; tokens (padding is not counted) and steps are those of training."""
+those of the stage's manifest; tokens (padding is not counted) and steps are those of training. ACC, KGR and KRR are
+over the items of the tasks so far, against the model before training."""
 Floats = NDArray[np.float64]
 
 
@@ -94,8 +99,15 @@ def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, A
             "scores": [scored[task][0] if task in scored else None for task in run.tasks],
             "items": [scored[task][1] if task in scored else None for task in run.tasks],
             **(_measured(r[: stage + 1], best) if stage and run.kind == "run" else _mean(r[stage], run.kind, best)),
-            **(cost(plan.folder(folder)) if stage else {}),
+            **(_trained(plan, run, stage) if stage else {}),
         }  # fmt: skip
+
+
+def _trained(plan: Plan, run: Run, stage: int) -> dict[str, Any]:
+    """What a stage's training cost, and which answers it won and lost."""
+    folder = plan.folder(run.stages[stage - 1])
+    trained = run.tasks if run.kind == "joint" else run.tasks[:stage]
+    return _answers(plan.folder(run.start), folder, trained) | cost(folder)
 
 
 def _measured(r: Floats, upper: Sequence[float | None]) -> dict[str, float | None]:
@@ -123,15 +135,16 @@ def _mean(scores: Floats, kind: str, upper: Sequence[float | None]) -> dict[str,
     return found
 
 
-def cost(folder: Path) -> dict[str, int | None]:
-    """Rows of a stage's manifest by origin, and steps and tokens of its training."""
-    origins = dict(
-        pl.read_parquet(folder / "manifest/samples.parquet", columns=["origin"])["origin"].value_counts().iter_rows()
-    )
-    found: dict[str, int | None] = {name: origins.get(name, 0) for name in ("current", "replay", "augmented")}
-    lines = (folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1]) if lines else {}
-    return found | {"steps": last.get("step"), "tokens": last.get("tokens")}
+def cost(folder: Path) -> dict[str, Any]:
+    """Rows of a stage's manifest by origin, and steps and tokens of its training; nothing where these were removed."""
+    found: dict[str, Any] = {}
+    with suppress(OSError, pl.exceptions.PolarsError):
+        origins = pl.read_parquet(folder / "manifest/samples.parquet", columns=["origin"])["origin"]
+        found = {name: int((origins == name).sum()) for name in ("current", "replay", "augmented")}
+    with suppress(OSError, ValueError, IndexError):
+        last = json.loads((folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        found |= {"steps": last.get("step"), "tokens": last.get("tokens")}
+    return found
 
 
 def times(plan: Plan, run: Run) -> dict[str, float] | None:
@@ -152,15 +165,39 @@ def _done(plan: Plan, folder: str) -> bool:
 
 def scores(folder: Path) -> dict[str, tuple[float, int]]:
     """Task → (mean score of the stage's model, items)."""
-    return _read_scores(folder, (folder / "eval/items.parquet").stat().st_mtime_ns)
+    found = {}
+    for (task,), part in _items(folder).group_by("task"):
+        values = np.sort(part["score"].to_numpy())  # sorted: the order of rows has no effect on the last bit
+        found[str(task)] = float(values.mean()), len(values)
+    return found
 
 
-@lru_cache(maxsize=100_000)
-def _read_scores(folder: Path, _: int) -> dict[str, tuple[float, int]]:
-    items = pl.read_parquet(folder / "eval/items.parquet", columns=["checkpoint", "task", "score"])
-    newest = items.filter(pl.col("checkpoint") == pl.col("checkpoint").max())
-    parts = {task: np.sort(part["score"].to_numpy()) for (task,), part in newest.group_by("task")}
-    return {str(task): (float(values.mean()), len(values)) for task, values in parts.items()}
+def _answers(before: Path, after: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """ACC, and KGR and KRR against the first model, over the items of tasks that a stage scores."""
+    both = _items(after).filter(pl.col("task").is_in(tasks)).join(_items(before), on=["task", "uid"])
+    was, now = (both[name].to_numpy() for name in ("correct_right", "correct"))
+    found = {"ACC": float(now.mean()) if len(now) else math.nan, "KGR": metrics.knowledge_gain_ratio(was, now),
+             "KRR": metrics.knowledge_retention_ratio(was, now)}  # fmt: skip
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _items(folder: Path) -> pl.DataFrame:
+    """Every item that a stage's model was scored on: task, uid, score, correct."""
+    file = folder / "eval/items.parquet"
+    return _read_items(folder, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=4096)
+def _read_items(folder: Path, _: int) -> pl.DataFrame:
+    columns = ["checkpoint", "task", "uid", "score", "correct"]
+    try:
+        items = pl.read_parquet(folder / "eval/items.parquet", columns=columns)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError(
+            f"{folder / 'eval/items.parquet'}: cannot be read: {str(error)[:200]}",
+            remedy="remove the folder `eval` there; the same command scores the stage again",
+        ) from None
+    return items.filter(pl.col("checkpoint") == pl.col("checkpoint").max()).drop("checkpoint")
 
 
 # --- runs beside each other ---

@@ -46,7 +46,7 @@ def write_files(plan: Plan, stage: Stage) -> None:
 
 def is_done(folder: Path, kind: str) -> bool:
     """Whether all of a stage's results are there."""
-    return (folder / ("manifest/provenance.json" if kind == "held_out" else "eval/metrics.json")).is_file()
+    return (folder / LEAVES["build" if kind == "held_out" else "eval"]).is_file()
 
 
 def seconds(folder: Path) -> dict[str, float]:
@@ -79,7 +79,7 @@ def carry_out(folder: str, commands: list[str]) -> float:
             took = seconds(here)
             for command in commands:
                 name = command if command in DO else "train"
-                if name in took:
+                if name in took and (here / LEAVES[name]).exists():
                     continue
                 start = time.monotonic()
                 DO[name]() if name in DO else run(command, *load(CONFIGS[command], "train.yaml"))
@@ -105,6 +105,9 @@ def _eval() -> None:
     evaluate(checked(EvalConfig, read_yaml("eval.yaml"), "eval.yaml"), print)
 
 
+LEAVES = {"build": "manifest/provenance.json", "train": "train/model", "fisher": "fisher/fisher.json",
+          "eval": "eval/metrics.json"}  # fmt: skip
+"""What is there when a command is done."""
 DO: dict[str, Callable[[], None]] = {"build": _build, "fisher": _fisher, "eval": _eval}
 
 
