@@ -1,6 +1,6 @@
 """Does measured replay beat guessed replay? Six tasks in a row, every selector, several seeds, through `train stream`.
 
-    python benchmarks/stream.py SUPERNI_FOLDER [--parts selectors,budgets,orders,methods] [--seeds 5] [--out FOLDER]
+    python benchmarks/stream.py SUPERNI_FOLDER [--parts main,selectors,budgets,orders,methods] [--out FOLDER]
 
 SUPERNI_FOLDER holds <category>.jsonl.gz; `examples/stream/select_rows.py` takes short rows with few different answers
 of six categories (110 for training and 40 held out, of each). Starter model, all parameters, 2 passes, batches of 8,
@@ -41,6 +41,7 @@ def both(name: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 PARTS: dict[str, dict[str, Any]] = {
+    "main": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")}},
     "selectors": {"arms": {**{name: {"replay.selector": name} for name in SELECTORS}, "on-policy": ON_POLICY}},
     "budgets": {"arms": {name: {"replay.selector": name} for name in ("random", "inscl")},
                 "grid": {"replay.ratio": [0.01, 0.1]}},
@@ -121,15 +122,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="of a part; by default 5 of main, 3 of the others")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/stream-proof"))
     args = parser.parse_args()
-    seeds, tasks = list(range(args.seeds)), args.tasks.split(",")
+    tasks = args.tasks.split(",")
     data = args.out.parent / f"{args.out.name}-rows"
     write(args.folder, data, tasks, 120, {"train": 110, "test": 40}, False)
     for part in args.parts.split(","):
+        seeds = list(range(args.seeds or (5 if part == "main" else 3)))
         table = stream(config(part, seeds, data, args.out, args.workers, tasks), screen=Terminal(Console(stderr=True)))
         show(part, table, seeds)
 
