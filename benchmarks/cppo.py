@@ -5,9 +5,8 @@
 FOLDER holds the SuperNI files sentiment_analysis.jsonl.gz and detection.jsonl.gz. 200 prompts of each are trained on
 and 100 test rows of each are held out, of those whose prompt has at most 200 tokens and whose references at most 4. The
 reward is exact match. A warm-up stage of `train cft` on 100 other rows of each task makes right answers possible; then
-`train stream` runs a stage of reinforcement learning a task. `metric: exact` scores every checkpoint on both tasks; KL is
-the last phase's to the model before the stage, in nats a sample.
-`ppo-replay` brings a fifth of its prompts from the first task.
+`train stream` runs a stage of reinforcement learning a task, scored on both tasks by `metric: exact`. KL is the last
+phase's to the model before the stage, in nats a sample. `ppo-replay` brings a fifth of its prompts from the first task.
 """
 
 from __future__ import annotations
