@@ -40,6 +40,7 @@ settings.load_profile("suite")
 
 # Files that take half a minute or more of one core, the longest first.
 LONG = (
+    "test_stream",
     "test_notebooks",
     "test_distributed",
     "test_build",

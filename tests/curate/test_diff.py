@@ -1,20 +1,19 @@
 """What changed between two builds: counts that add up, a cause for every row, a page that runs nothing."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import called
 from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.build import build
+from curate.cli import main
 from curate.diff import CAUSES, diff
 from curate.diff_view import MOST, page, sections, summary
 from curate.manifest import Manifest
@@ -25,9 +24,7 @@ HOSTILE = "</td><script>alert(1)</script><img src=x onerror=y>\n\u202e\x00 & ' \
 
 
 def curate(*words, cwd=None):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "curate.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    return called(main, *words, cwd=cwd)
 
 
 def adds_up(found, a, b):

@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +9,12 @@ from typing import get_args, get_type_hints
 
 import polars as pl
 import pytest
+from commands import called
 from datasets import load_dataset
 
 from curate.build import build
 from curate.cli import export as command
+from curate.cli import main
 from curate.errors import InputError
 from curate.export import FORMATS, export, rows_of
 from curate.export.base import Skipped
@@ -362,9 +361,7 @@ def test_dataset_info_keeps_other_entries(real, tmp_path):
 
 def test_the_command_line(real, tmp_path):
     def curate(*words):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        command = [sys.executable, "-m", "curate.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        return called(main, *words, cwd=tmp_path)
 
     beside = real.folder.with_name("run.trl-dpo.jsonl")
     done = curate("export", real.folder, "--to", "trl-dpo")
