@@ -283,6 +283,7 @@ TASKS = {"sentiment_analysis": 0.5, "misc": 0.5}
         ({"upper": {**TASKS, "other": 1}}, "'other' is no task"),
         *(({"upper": {**TASKS, "misc": bad}}, "not a positive number") for bad in (0, -1, math.nan, math.inf, 5e-324)),
         ({"models": [STARTER, "no/such"]}, "models.1 'no/such'"),
+        ({"tasks": ["misc", "other"]}, "tasks: 'other' has no row"),
         ({"data": "DATA", "out": "DATA"}, "which is read, lies in it"),
         ({"out": "FILE"}, "a file, not a folder"),
         ({"out": "FILE/below"}, "FILE"),
@@ -355,6 +356,14 @@ def test_rows_without_references_are_left_out_and_listed(start, held_out, tmp_pa
     monkeypatch.setattr("train.evaluate.read", lambda _: manifest)
     assert evaluation(start, held_out, tmp_path / "out")["left_out"] == 0
     assert not (tmp_path / "out/left_out.parquet").exists(), "of an older evaluation"
+
+
+def test_some_tasks_alone(start, held_out, tmp_path):
+    both, one = (evaluation(start, held_out, tmp_path / name, per_task=2, **more)
+                 for name, more in (("both", {}), ("one", {"tasks": "misc"})))  # fmt: skip
+    assert (both["tasks"], one["tasks"]) == (["sentiment_analysis", "misc"], ["misc"])
+    mine, theirs = (pl.read_parquet(tmp_path / name / "items.parquet") for name in ("one", "both"))
+    assert mine.height == 2 and mine.equals(theirs.filter(task="misc"))
 
 
 def test_a_task_of_several_stages_is_one_column():

@@ -19,9 +19,11 @@ import torch
 import yaml
 from commands import called
 from test_run import ROOT, STARTER, TINY
+from transformers import AutoTokenizer
 
 from train import metrics
 from train.cli import main
+from train.data import Examples
 from train.evaluate import read_matrix
 from train.stream.results import difference, spread
 
@@ -32,7 +34,7 @@ CLI = [sys.executable, "-m", "train.cli"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with short real rows of three tasks, a tiny model, and the configuration of a stream of them."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("stream")
     for name in TASKS:
@@ -88,6 +90,17 @@ def test_a_stream_from_end_to_end(place, done):
         assert (place / "out" / name).stat().st_size > 1000
 
 
+def test_tokens_are_those_of_the_rows_that_were_seen(place, done):
+    table = pl.read_parquet(place / "out/results.parquet").filter(pl.col("stage") > 0)
+    tokenizer = AutoTokenizer.from_pretrained(place / "start")
+    for folder, tokens in table.unique("folder").select("folder", "tokens").iter_rows():
+        stage = place / "out/stages" / folder
+        rows = Examples.read(stage / "manifest", tokenizer, max_length=256, too_long="truncate")
+        length = dict(zip(rows.uids(range(len(rows))), rows.lengths.tolist(), strict=True))
+        seen = pl.read_parquet(stage / "train/lineage.parquet")["uid"]
+        assert len(seen) == 3 * 4 and tokens == sum(length[uid] for uid in seen)
+
+
 def test_metrics_are_those_of_the_scores(place, done):
     table = pl.read_parquet(place / "out/results.parquet")
     for name in ("none", "random"):
@@ -108,6 +121,14 @@ def test_metrics_are_those_of_the_scores(place, done):
         if alone[0] > 1e-9:
             assert end["relative_gain"] == pytest.approx(100 * r[2, 0] / alone[0])
         assert end["forward_transfer"] is None
+        first, last = (pl.read_parquet(place / "out/stages" / rows["folder"][stage] / "eval/items.parquet")
+                       for stage in (0, 2))  # fmt: skip
+        both = first.join(last, on="uid")
+        right = both.filter("correct")
+        assert end["ACC"] == pytest.approx(both["correct_right"].mean())
+        assert end["KRR"] == (pytest.approx(right["correct_right"].mean()) if right.height else None)
+        wrong = both.filter(~pl.col("correct"))
+        assert end["KGR"] == (pytest.approx(wrong["correct_right"].mean()) if wrong.height else None)
 
 
 def test_what_is_done_is_not_done_again(place, done):
