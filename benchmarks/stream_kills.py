@@ -2,7 +2,7 @@
 
     python benchmarks/stream_kills.py [--kills 10] [--seed 0] [KEY=VALUE …]
 
-The stream of examples/stream, 6 steps a stage with a checkpoint every second one, 8 items a task. The process that plans
+The stream of examples/stream, 6 steps a stage, a checkpoint every second one, 8 items a task. The process that plans
 is killed (SIGKILL), and so are those that train, at a moment drawn uniformly from the first 8 seconds of their work.
 """
 
