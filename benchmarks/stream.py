@@ -44,7 +44,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "main": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")}},
     "selectors": {"arms": {**{name: {"replay.selector": name} for name in SELECTORS}, "on-policy": ON_POLICY}},
     "budgets": {"arms": {name: {"replay.selector": name} for name in ("random", "inscl")},
-                "grid": {"replay.ratio": [0.01, 0.1]}},
+                "grid": {"replay.ratio": [0.01, 0.1, 0.5]}},
     "orders": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
                "grid": {"order": ["reverse", "random"]}},
     "methods": {"arms": {
@@ -72,12 +72,25 @@ def config(part: str, seeds: list[int], data: Path, out: Path, workers: int | No
     return checked(StreamConfig, given)
 
 
-def show(part: str, table: pl.DataFrame, seeds: list[int]) -> None:
+def covered(table: pl.DataFrame, name: str, stages: Path) -> str:
+    """Distinct instructions that a run replays at all, of how many there were to choose from; mean over seeds."""
+    found = []
+    for seed in table.filter(run=name, kind="run")["seed"].unique():
+        mine = table.filter(pl.col("run") == name, pl.col("kind") == "run", pl.col("seed") == seed, pl.col("stage") > 1)
+        rows = [pl.read_parquet(stages / f / "manifest/samples.parquet", columns=["task", "instruction", "origin"])
+                for f in mine["folder"]]  # fmt: skip
+        found.append(pl.concat(rows).filter(pl.col("origin") == "replay").unique(["task", "instruction"]).height)
+        every = pl.concat([pl.read_parquet(stages / f / "manifest/tasks.parquet") for f in mine["folder"]])
+    older = every.filter(pl.col("quota").is_not_null()).unique("task")["instructions"].sum()
+    return f"{sum(found) / len(found):.0f} of {older}"
+
+
+def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None:
     """A part's table in Markdown: how its runs ended, and what they have more than random replay."""
     names = table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
     last = ends(table)
     print(f"\n### {part}, seeds {', '.join(map(str, seeds))}\n")
-    print("| run | relative gain, % | AP | BWT | replayed rows | more than random [95 %] | more than none [95 %] |")
+    print("| run | relative gain, % | AP | BWT | rows, instructions replayed | more than random | more than none |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in names:
         mine = last.filter(run=name)
@@ -87,7 +100,8 @@ def show(part: str, table: pl.DataFrame, seeds: list[int]) -> None:
             ("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3))]  # fmt: skip
         replayed = table.filter(run=name, kind="run").group_by("seed").agg(pl.col("replay").sum())["replay"].to_list()
         beside = [_difference(table, name, "random"), _difference(table, name, "none")]
-        print(f"| {name} | {' | '.join(cells)} | {sum(replayed) / len(replayed):.0f} | {' | '.join(beside)} |")
+        rows = f"{sum(replayed) / len(replayed):.0f}, {covered(table, name, stages)}"
+        print(f"| {name} | {' | '.join(cells)} | {rows} | {' | '.join(beside)} |")
     for kind, what in (("single", "alone"), ("joint", "all at once")):
         found = table.filter(pl.col("kind") == kind, pl.col("stage") == 1)
         scores: dict[str, list[float]] = {}
@@ -133,7 +147,7 @@ def main() -> None:
     for part in args.parts.split(","):
         seeds = list(range(args.seeds or (5 if part == "main" else 3)))
         table = stream(config(part, seeds, data, args.out, args.workers, tasks), screen=Terminal(Console(stderr=True)))
-        show(part, table, seeds)
+        show(part, table, seeds, args.out / "stages")
 
 
 if __name__ == "__main__":
