@@ -49,8 +49,7 @@ PARTS: dict[str, dict[str, Any]] = {
                "grid": {"order": ["reverse", "random"]}},
     "methods": {"arms": {
         **both("CFT", {}), **both("CFT + KL 0.1", {"train.kl.weight": 0.1}),
-        **both("CFT + KL 1", {"train.kl.weight": 1.0}), **both("CFT + EWC 100", {"train.ewc.weight": 100}),
-        **both("CFT + EWC 10000", {"train.ewc.weight": 10000}), **both("LoRA", LORA),
+        **both("CFT + EWC 100", {"train.ewc.weight": 100}), **both("LoRA", LORA),
         **both("O-LoRA", {**LORA, "train.o_lora.weight": 0.5}),
     }},
 }  # fmt: skip

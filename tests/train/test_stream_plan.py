@@ -143,6 +143,14 @@ def test_buffers_of_copr_and_the_policy_of_a_build(base):
     assert step(copr, third, "build")["policy"] == {"batch_size": 4, "model": f"../{second}/train/model"}
 
 
+def test_what_comes_back_is_drawn_anew_in_every_stage(base):
+    made = planned(base, seeds=[0, 1], arms={"none": {"replay.selector": "none"}, "random": {}})
+    seeds = {run.name: [step(made, f, "build")["seed"] for f in run.stages] for run in runs(made) if run.seed == 1}
+    assert seeds["none"] == [1, 1, 1]
+    assert seeds["random"][0] == 1 and len(set(seeds["random"])) == 3
+    assert all(step(made, f, "cft")["seed"] == run.seed for run in runs(made) for f in run.stages)
+
+
 def test_selectors_that_ask_the_model_ask_the_checkpoint(base):
     made = planned(base, replay={"selector": "perplexity_ratio", "budget": 1})
     first, second, third = runs(made)[0].stages

@@ -215,7 +215,8 @@ class _Planner:
         how, first = recipe.how, not before
         ahead = f"../{before[-1].folder}/train/model" if before else self.model
         replay = {"selector": "random", "ratio": EVERYTHING} if joint else _replay(how.replay, first)
-        build = self._build([self._task(name) for name in tasks], replay, self._asked(how.build, replay, ahead), seed)
+        asked = self._asked(how.build, replay, ahead)
+        build = self._build([self._task(name) for name in tasks], replay, asked, draws(seed, len(tasks), replay))
         train = self._train(how, seed, ahead, before, replay["selector"] != "none" and not joint)
         steps = [build, Step(how.method, train)]
         if how.train.get("ewc") is not None and not joint:
@@ -284,6 +285,16 @@ class _Planner:
         """A path of the stream's file as a stage's file has it; the name of what is no path (a hub id) as it is."""
         path = self.config.path(name)
         return os.path.relpath(path.absolute(), self.here) if path.exists() else name
+
+
+def draws(seed: int, stage: int, replay: Mapping[str, Any]) -> int:
+    """The seed of a stage's build: of its own, or the rows of an older task that came back once would every time.
+
+    (What a build draws of a task does not depend on the tasks behind it.) Where nothing comes back it is the run's.
+    """
+    if replay["selector"] == "none":
+        return seed
+    return int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
 
 
 def _replay(replay: Mapping[str, Any], first: bool) -> dict[str, Any]:
