@@ -31,7 +31,7 @@ ON_POLICY = {
 }  # fmt: skip
 SELECTORS = ("none", "random", "inscl", "uniform", "dynamic_only", "insinfo_only", "prototype_data",
              "prototype_instruction", "diverse_instruction", "highest_loss", "perplexity_ratio")  # fmt: skip
-LORA = {"train.lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, "train.learning_rate": 1e-2}
+LORA = {"train.lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, "train.learning_rate": 5e-3}
 NONE, RANDOM = {"replay.selector": "none"}, {"replay.selector": "random"}
 
 
