@@ -156,7 +156,8 @@ def test_selectors_that_ask_the_model_ask_the_checkpoint(base):
     first, second, third = runs(made)[0].stages
     assert "policy" not in step(made, first, "build")
     assert step(made, third, "build")["policy"] == {"model": f"../{second}/train/model"}
-    assert step(made, third, "build")["reference"]["model"].endswith("examples/starter")
+    assert step(made, second, "build")["reference"]["model"].endswith("examples/starter")
+    assert step(made, third, "build")["reference"]["model"] == f"../{first}/train/model", "before the newest stage"
 
 
 def test_a_mixture_counts_where_something_comes_back(base):

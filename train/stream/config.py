@@ -67,7 +67,7 @@ class StreamConfig(Section):
     )
     build: dict[str, Any] = Field(
         default_factory=dict, description="other sections of a build (embed, tags, rollouts, …); `policy` is the "
-        "checkpoint of the stage before, `reference` the first model where nothing else is said"
+        "checkpoint of the stage before, `reference` the one before that, where nothing else is said"
     )  # fmt: skip
     method: Method = Field("cft", description="of training")
     train: dict[str, Any] = Field(

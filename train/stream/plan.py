@@ -215,7 +215,8 @@ class _Planner:
         how, first = recipe.how, not before
         ahead = f"../{before[-1].folder}/train/model" if before else self.model
         replay = {"selector": "random", "ratio": EVERYTHING} if joint else _replay(how.replay, first)
-        asked = self._asked(how.build, replay, ahead)
+        older = f"../{before[-2].folder}/train/model" if len(before) > 1 else self.model
+        asked = self._asked(how.build, replay, ahead, older)
         build = self._build([self._task(name) for name in tasks], replay, asked, draws(seed, len(tasks), replay))
         train = self._train(how, seed, ahead, before, replay["selector"] != "none" and not joint)
         steps = [build, Step(how.method, train)]
@@ -259,8 +260,11 @@ class _Planner:
         return Step("build", {"name": self.config.name, **more, "tasks": tasks, "replay": replay, "seed": seed,
                               "out": "manifest", "cache": f"../../{CACHE}"})  # fmt: skip
 
-    def _asked(self, build: Mapping[str, Any], replay: Mapping[str, Any], ahead: str) -> dict[str, Any]:
-        """Sections of a build, with the checkpoint as policy wherever one is asked or given settings."""
+    def _asked(self, build: Mapping[str, Any], replay: Mapping[str, Any], ahead: str, older: str) -> dict[str, Any]:
+        """Sections of a build, with the checkpoint as policy wherever one is asked or given settings.
+
+        The reference of a perplexity ratio is the checkpoint before the newest stage: what that stage made it lose.
+        """
         found = copy.deepcopy(_relative(build, self._path))
         tags = found.get("tags") or {}
         by_llm = tags.get("tagger") == "llm" and not tags.get("model") and replay["selector"] != "none"
@@ -268,7 +272,7 @@ class _Planner:
         if asked or "policy" in found:
             found["policy"] = {**(found.get("policy") or {}), "model": ahead}
         if replay["selector"] == "perplexity_ratio":
-            found.setdefault("reference", {**found["policy"], "model": self.model})
+            found.setdefault("reference", {**found["policy"], "model": older})
         return found
 
     def _eval(self, models: list[str], tasks: Sequence[str], held_out: Stage | None) -> Step:
