@@ -164,16 +164,16 @@ def stream(
 
         from train.stream import stream as run
         from train.stream.config import StreamConfig
-        from train.stream.run import Silent, prepared
-        from train.stream.screen import Terminal, by_hand, ends_table
-        from train.stream.stage import write_files
+        from train.stream.run import Silent, by_hand
+        from train.stream.screen import Terminal, commands, ends_table
 
+        if hand and stage is not None:
+            raise typer.BadParameter(
+                "--by-hand begins no stage, so there is none to begin again with: leave out --stage"
+            )
         wanted = _settings(StreamConfig, config, settings)
         if hand:
-            plan = prepared(wanted)
-            for each in plan.stages.values():
-                write_files(plan, each)
-            Console().print(by_hand(plan))
+            sys.stdout.writelines(f"{line}\n" for line in commands(by_hand(wanted)))
             return
         table = run(wanted, stage, Silent() if quiet else Terminal(Console(stderr=True)))
         if not quiet:

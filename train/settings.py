@@ -111,9 +111,10 @@ def _meant(key: str, value: Any, kind: str) -> Any:
     if types <= {"int", "float", "None"}:
         try:
             number = float(value) if isinstance(value, str) else value
-        except ValueError:
-            number = value
-        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+            finite = isinstance(number, int | float) and math.isfinite(number)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite or isinstance(number, bool):
             raise InputError(f"{key}: {value!r} is no number", remedy=f"{key} takes {' or '.join(sorted(types))}")
         if "float" not in types and number != int(number):
             raise InputError(f"{key}: {value!r} is no whole number")

@@ -65,7 +65,8 @@ def stack(folder: Path, where: str) -> list[Path]:
     """Folders whose weights make up a model: the whole model, then adapters, each of which is for all before it.
 
     An adapter's base is what its adapter_config.json says: a folder (relative to the working directory, else to the
-    adapter), or a hub name; it may itself be an adapter, where a stage went on from one.
+    adapter, else to the folder of its run, or of the stage that the run is of), or a hub name; it may itself be an
+    adapter, where a stage went on from one.
 
     Raises:
         InputError: the base is not to be had, or the adapter's own weights are not.
@@ -84,7 +85,9 @@ def stack(folder: Path, where: str) -> list[Path]:
         if not name:
             raise InputError(f"{where}: {top / _ADAPTER} names no base model",
                              remedy="write its folder there as base_model_name_or_path")  # fmt: skip
-        below, _ = model_folder(name, Path() if Path(name).is_dir() else top, f"{where}: the base of {top},")
+        near = (Path(), top, top.parent, top.parent.parent)
+        beside = next((place for place in near if (place / name).is_dir()), top)
+        below, _ = model_folder(name, beside, f"{where}: the base of {top},")
         if below.resolve() in [each.resolve() for each in found]:
             raise InputError(f"{where}: {top / _ADAPTER}: an adapter cannot be its own base")
         found.insert(0, below)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,17 +16,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import torch
 import yaml
 from commands import called
-from test_run import ROOT, STARTER, TINY
-from transformers import AutoTokenizer
+from test_run import ROOT, STARTER
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from curate.errors import InputError
+from curate.settings import checked
 from train import metrics
 from train.cli import main
 from train.data import Examples
 from train.evaluate import read_matrix
+from train.stream.config import StreamConfig
 from train.stream.results import difference, spread
+from train.stream.run import prepared
+from train.stream.stage import carry_out, write_files
 
 TASKS = ("sentiment_analysis", "misc", "detection")
 CLI = [sys.executable, "-m", "train.cli"]
@@ -34,23 +39,21 @@ CLI = [sys.executable, "-m", "train.cli"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with short real rows of three tasks, a tiny model, and the configuration of a stream of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("stream")
     for name in TASKS:
         with gzip.open(ROOT / f"examples/superni/{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows = sorted((json.loads(line) for line in file), key=lambda row: len(row["definition"] + row["input"]))
         kept = [r for split, n in (("train", 12), ("test", 4)) for r in [x for x in rows if x["split"] == split][:n]]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    model = AutoModelForCausalLM.from_pretrained(STARTER)  # its first layer: real embeddings, and quick
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     model.save_pretrained(folder / "start")
     AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder / "start")
     config = {
         "name": "tiny", "model": "start", "workers": 1, "seeds": [0],
         "tasks": [{"name": n, "path": f"{n}.jsonl", "format": "superni", "split": "train"} for n in TASKS[:2]],
         "replay": {"selector": "random", "budget": 4},
-        "train": {"learning_rate": 0.02, "max_steps": 3, "per_device_train_batch_size": 4, "save_steps": 1,
+        "train": {"learning_rate": 0.003, "max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 1,
                   "max_length": 256, "too_long": "truncate"},
         "evaluation": {"split": "test", "metric": "rouge_l", "max_new_tokens": 4},
         "arms": {"none": {"replay.selector": "none"}, "random": {}},
@@ -69,6 +72,16 @@ def digest(out):
     return hashlib.sha256((out / "results.parquet").read_bytes()).hexdigest()
 
 
+def models(out):
+    return {f.parent.parent.parent.name: hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in out.glob("stages/*/train/model/model.safetensors")}  # fmt: skip
+
+
+def scored(stage):
+    (folder,) = stage.glob("eval-*")
+    return folder
+
+
 def folders(out):
     return sorted(f.name for f in (out / "stages").iterdir())
 
@@ -78,12 +91,15 @@ def test_a_stream_from_end_to_end(place, done):
     assert "stream: 7 stages · 1 process" in done.stderr
     assert "7 of 7" in done.stderr and "left" in done.stderr, "how far it is, and how long it will take"
     table = pl.read_parquet(place / "out/results.parquet")
-    assert sorted(set(table["run"])) == ["", "misc", "none", "random", "sentiment_analysis"]
+    assert sorted(set(table["run"])) == ["all tasks at once", "misc", "none", "random", "sentiment_analysis"]
     assert table.filter(kind="run").height == 2 * 3, "before training, and two stages, of two runs"
     last = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
     assert dict(last.select("run", "replay").iter_rows()) == {"none": 0, "random": 4}
     assert set(last["current"]) == {12}
-    assert set(table.filter(pl.col("stage") > 0)["steps"]) == {3}
+    joint = table.filter(kind="joint", stage=1)
+    assert joint["steps"].to_list() == [12] and joint["current"].to_list() == [24] and joint["task"].to_list() == [None]
+    assert set(table.filter(pl.col("stage") > 0, pl.col("kind") != "joint")["steps"]) == {6}
+    assert max(v for row in table["scores"].to_list() for v in row if v is not None) > 0, "something is learnt"
     for word in ("none", "random", "relative gain", "seeds"):
         assert word in done.stdout
     for name in ("stream.html", "curves.svg"):
@@ -95,10 +111,11 @@ def test_tokens_are_those_of_the_rows_that_were_seen(place, done):
     tokenizer = AutoTokenizer.from_pretrained(place / "start")
     for folder, tokens in table.unique("folder").select("folder", "tokens").iter_rows():
         stage = place / "out/stages" / folder
-        rows = Examples.read(stage / "manifest", tokenizer, max_length=256, too_long="truncate")
+        said = json.loads((stage / "train/run.json").read_bytes())["settings"]["data"]
+        rows = Examples.read([stage / data for data in said], tokenizer, max_length=256, too_long="truncate")
         length = dict(zip(rows.uids(range(len(rows))), rows.lengths.tolist(), strict=True))
         seen = pl.read_parquet(stage / "train/lineage.parquet")["uid"]
-        assert len(seen) == 3 * 4 and tokens == sum(length[uid] for uid in seen)
+        assert len(seen) in (6 * 4, 12 * 4) and tokens == sum(length[uid] for uid in seen)
 
 
 def test_metrics_are_those_of_the_scores(place, done):
@@ -108,7 +125,7 @@ def test_metrics_are_those_of_the_scores(place, done):
         r = np.array([[np.nan if v is None else v for v in scores] for scores in rows["scores"].to_list()])
         assert np.isnan(r[1, 1]), "a task to come is not scored"
         for stage, scores in enumerate(r):  # the items themselves
-            items = pl.read_parquet(place / "out/stages" / rows["folder"][stage] / "eval/items.parquet")
+            items = pl.read_parquet(scored(place / "out/stages" / rows["folder"][stage]) / "items.parquet")
             for task, value in zip(TASKS[:2], scores, strict=True):
                 mine = items.filter(task=task)["score"]
                 assert np.isnan(value) if not mine.len() else value == pytest.approx(mine.mean(), abs=1e-12)
@@ -121,7 +138,7 @@ def test_metrics_are_those_of_the_scores(place, done):
         if alone[0] > 1e-9:
             assert end["relative_gain"] == pytest.approx(100 * r[2, 0] / alone[0])
         assert end["forward_transfer"] is None
-        first, last = (pl.read_parquet(place / "out/stages" / rows["folder"][stage] / "eval/items.parquet")
+        first, last = (pl.read_parquet(scored(place / "out/stages" / rows["folder"][stage]) / "items.parquet")
                        for stage in (0, 2))  # fmt: skip
         both = first.join(last, on="uid")
         right = both.filter("correct")
@@ -144,18 +161,21 @@ def test_a_stage_by_hand_is_the_streams(place, done, tmp_path):
     """The commands that --by-hand prints, run in the folders in their order, give the same table."""
     shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
     shown = called(main, "stream", "--config", "config.yaml", "out=out", "--by-hand", "arms={random: {}}",
-                   "bounds={single: false, joint: false}", cwd=tmp_path / "p")  # fmt: skip
+                   "bounds={single: false, joint: false, none: false}", cwd=tmp_path / "p")  # fmt: skip
     assert shown.returncode == 0 and "train cft --config train.yaml" in shown.stdout, shown.stderr
     from curate.cli import main as curate
 
-    stages = {f.name: json.loads((f / "stage.json").read_bytes()) for f in (tmp_path / "p/out/stages").iterdir()}
-    for name in sorted(stages, key=lambda name: len(stages[name]["needs"])):
-        for command in stages[name]["commands"]:
-            program, *words = command.split()
-            made = called(curate if program == "curate" else main, *words, cwd=tmp_path / "p/out/stages" / name)
+    assert shown.stdout.count("# behind held-out-") == 3 and "· random, seed 0" in shown.stdout
+    where = None
+    for line in filter(None, shown.stdout.splitlines()):
+        program, *words = shlex.split(line, comments=True) or ["#"]
+        if program == "cd":
+            (where,) = words
+        elif program != "#":
+            made = called(curate if program == "curate" else main, *words, cwd=where)
             assert made.returncode == 0, made.stderr
     end = called(main, "stream", "--config", "config.yaml", "out=out", "arms={random: {}}",
-                 "bounds={single: false, joint: false}", cwd=tmp_path / "p")  # fmt: skip
+                 "bounds={single: false, joint: false, none: false}", cwd=tmp_path / "p")  # fmt: skip
     assert "5 of them done" not in end.stderr and "4 stages, 4 of them done" in end.stderr
     columns = ["run", "seed", "stage", "task", "folder", "scores", "average_performance", "steps", "tokens", "replay"]
     mine, theirs = (pl.read_parquet(p / "results.parquet").filter(run="random").select(columns)
@@ -194,8 +214,8 @@ def test_killed_and_resumed_it_ends_with_the_same_table(place, done, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     for kills in range(2):
         process = subprocess.Popen(words, cwd=tmp_path / "p", env=environment)
-        start, reached = time.monotonic(), len(list(out.glob("stages/*/eval/metrics.json")))
-        while len(list(out.glob("stages/*/eval/metrics.json"))) <= reached and time.monotonic() - start < 120:
+        start, reached = time.monotonic(), len(list(out.glob("stages/*/eval-*/metrics.json")))
+        while len(list(out.glob("stages/*/eval-*/metrics.json"))) <= reached and time.monotonic() - start < 120:
             time.sleep(0.05)  # at least one stage further, then a moment inside the next
         time.sleep(rng.uniform(0, 1.5))
         assert process.poll() is None or kills, "killed while it runs"
@@ -205,6 +225,7 @@ def test_killed_and_resumed_it_ends_with_the_same_table(place, done, tmp_path):
     assert after.returncode == 0, after.stderr
     assert "of them done" in after.stderr
     assert digest(out) == digest(place / "out")
+    assert models(out) == models(place / "out"), "bit for bit"
 
 
 def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_path):
@@ -212,8 +233,8 @@ def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_p
     out = tmp_path / "p/out"
     broken = next(f for f in folders(out) if f.startswith("2-"))
     shutil.rmtree(out / "stages" / broken / "train")
-    for name in ("seconds.json", "eval/metrics.json"):
-        (out / "stages" / broken / name).unlink()
+    (out / "stages" / broken / "seconds.json").unlink()
+    shutil.rmtree(scored(out / "stages" / broken))
     (out / "stages" / broken / "train").write_text("a file in the way")
     failed = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
     assert failed.returncode == 1
@@ -242,19 +263,61 @@ def test_ewc_and_every_task(place, tmp_path):
     """Fisher of stage 1 is held in stage 2, and scores of tasks to come give forward transfer."""
     shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
     words = ["arms={ewc: {train.ewc.weight: 10}}", "evaluation.every_task=true", "evaluation.per_task=2",
-             "bounds={single: false, joint: false}", "fisher.samples=4", "workers=2"]  # fmt: skip
+             "bounds={single: false, joint: false, none: false}", "fisher.samples=4", "workers=2"]  # fmt: skip
     made = called(main, "stream", "--config", "config.yaml", "out=out", *words, cwd=tmp_path / "p")
     assert made.returncode == 0, made.stderr
     (second,) = (tmp_path / "p/out/stages").glob("2-*")
     said = json.loads((second / "train/run.json").read_bytes())
     (first,) = (tmp_path / "p/out/stages").glob("1-*")
-    assert said["settings"]["ewc"] == {"weight": 10.0, "fisher": [f"../{first.name}/fisher"]}
-    assert (second / "fisher/fisher.safetensors").is_file()
+    (fisher,) = first.glob("fisher-*")
+    assert said["settings"]["ewc"] == {"weight": 10.0, "fisher": [f"../{first.name}/{fisher.name}"]}
+    assert (fisher / "fisher.safetensors").is_file() and not [*second.glob("fisher-*")]
     table = pl.read_parquet(tmp_path / "p/out/results.parquet").sort("stage")
     r = table["scores"].to_list()
     assert table["forward_transfer"][2] == pytest.approx(r[1][1] - r[0][1])
     assert table["relative_gain"].null_count() == 3, "no task alone, no upper bound"
     assert table["average_performance"][2] == pytest.approx(metrics.average_performance(r))
+
+
+def test_bits_do_not_depend_on_what_is_left_to_do(place, done, tmp_path):
+    """With two processes each has one thread, though a single stage is left for one of them."""
+    shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
+    words = ["stream", "--config", "config.yaml", "out=out", "--quiet", "workers=2",
+             "bounds={single: false, joint: false}"]  # fmt: skip
+    assert called(main, *words, cwd=tmp_path / "p").returncode == 0
+    out = tmp_path / "p/out"
+    was = models(out)
+    assert len(was) == 3
+    shutil.rmtree(next(out.glob("stages/2-*")))
+    assert called(main, *words, cwd=tmp_path / "p").returncode == 0
+    assert models(out) == was
+
+
+def test_a_source_that_changes_under_a_stream_is_not_taken_for_the_old_one(place, done, tmp_path):
+    shutil.copytree(place, tmp_path / "p")
+    made = prepared(checked(StreamConfig, {**yaml.safe_load((place / "config.yaml").read_text()),
+                                           "base": str(tmp_path / "p"), "out": str(tmp_path / "p/out")}))  # fmt: skip
+    stage = next(s for s in made.stages.values() if s.folder.startswith("1-misc"))
+    folder = made.folder(stage.folder)
+    shutil.rmtree(folder)
+    write_files(made, stage)
+    text = (tmp_path / "p/misc.jsonl").read_text()
+    (tmp_path / "p/misc.jsonl").write_text(text.replace("analog", "anal0g", 1) + text.splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=r"1-misc.*task 'misc': its source has changed"):
+        carry_out(str(folder), [(s.command, s.kind, s.leaves) for s in stage.ordered])
+    assert not (folder / "manifest").exists()
+
+
+def test_costs_that_are_lost_are_no_numbers(place, done, tmp_path):
+    shutil.copytree(place, tmp_path / "p")
+    for folder in (tmp_path / "p/out/stages").glob("2-*"):
+        (folder / "train/lineage.parquet").unlink()
+        (folder / "train/log.jsonl").unlink()
+    again = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
+    assert again.returncode == 0 and "7 of them done" in again.stderr
+    table = pl.read_parquet(tmp_path / "p/out/results.parquet").filter(pl.col("kind") == "run", pl.col("stage") == 2)
+    assert table["replay"].to_list() == table["tokens"].to_list() == [None, None]
+    assert again.stdout.count("–") == 2, "rows replayed of both runs"
 
 
 def test_a_difference_of_pairs():
@@ -273,6 +336,6 @@ def test_a_difference_of_pairs():
 def test_a_matrix_of_a_stage_can_be_read(place, done):
     """What a stage leaves is what `train eval` leaves."""
     (first, *_) = Path(place / "out/stages").glob("1-sentiment*")
-    (r,) = read_matrix(first / "eval/matrix.csv")
+    (r,) = read_matrix(scored(first) / "matrix.csv")
     table = pl.read_parquet(place / "out/results.parquet").filter(pl.col("folder") == first.name)
     assert table["scores"][0][0] == r[0]

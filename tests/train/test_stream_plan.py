@@ -7,6 +7,7 @@ import pytest
 import yaml
 from test_run import STARTER
 
+from curate.build import build
 from curate.errors import InputError
 from curate.manifest import ManifestError
 from curate.settings import checked
@@ -26,7 +27,7 @@ def base(tmp_path):
     return {
         "model": str(STARTER), "out": str(tmp_path / "out"), "base": str(tmp_path),
         "tasks": [{"name": n, "path": f"{n}.jsonl", "format": "alpaca", "split": "train"} for n in TASKS],
-        "replay": {"selector": "random", "budget": 1}, "train": {"max_steps": 1},
+        "replay": {"selector": "random", "budget": 1}, "train": {"max_steps": 1}, "bounds": {"none": False},
     }  # fmt: skip
 
 
@@ -39,7 +40,11 @@ def runs(made, kind="run"):
 
 
 def step(made, folder, command):
-    return next(s.settings for s in made.stages[folder].steps if s.command == command)
+    return next(s.settings for s in made.stages[folder].ordered if s.command == command)
+
+
+def joint_of(made):
+    return runs(made, "joint")[0].stages[0]
 
 
 def test_what_runs_share_is_one_stage(base):
@@ -57,8 +62,7 @@ def test_what_runs_share_is_one_stage(base):
 def test_a_budget_makes_no_second_run_without_replay(base):
     made = planned(base, grid={"replay.selector": ["none", "random"], "replay.ratio": [0.5, 1.0]})
     by_name = {run.name: run.stages for run in runs(made)}
-    assert list(by_name) == ["none · ratio 0.5", "none · ratio 1.0", "random · ratio 0.5", "random · ratio 1.0"]
-    assert by_name["none · ratio 0.5"] == by_name["none · ratio 1.0"]
+    assert list(by_name) == ["none", "random · ratio 0.5", "random · ratio 1.0"]
     assert by_name["random · ratio 0.5"][0] == by_name["random · ratio 1.0"][0]
     assert by_name["random · ratio 0.5"][1:] != by_name["random · ratio 1.0"][1:]
     assert step(made, by_name["random · ratio 0.5"][1], "build")["replay"] == {"selector": "random", "ratio": 0.5}
@@ -89,7 +93,10 @@ def test_a_stage_is_its_tasks_so_far_and_goes_on_from_the_one_before(base):
     alone = next(run for run in runs(made, "single") if run.tasks == ("c",))
     assert step(made, alone.stages[0], "eval")["tasks"] == ["c"]
     (joint,) = runs(made, "joint")
-    assert step(made, joint.stages[0], "build")["replay"]["ratio"] == 1000.0  # all rows of all tasks
+    singles = [run.stages[0] for run in runs(made, "single")]
+    assert step(made, joint.stages[0], "cft")["data"] == [f"../{folder}/manifest" for folder in singles]
+    assert step(made, joint.stages[0], "cft")["max_steps"] == 3, "a step a task, as a run has in all"
+    assert "max_steps" not in step(planned(base, train={}), joint_of(planned(base, train={})), "cft")
 
 
 def test_every_path_is_relative_to_the_stage(base, tmp_path):
@@ -97,7 +104,7 @@ def test_every_path_is_relative_to_the_stage(base, tmp_path):
     place = tmp_path / "out/stages/x"
     place.mkdir(parents=True)
     for stage in made.stages.values():
-        for each in stage.steps:
+        for each in stage.ordered:
             text = json.dumps(each.settings)
             assert str(tmp_path) not in text, "so that the tree can move with its sources"
     path = step(made, runs(made)[0].stages[0], "build")["tasks"][0]["path"]
@@ -105,23 +112,77 @@ def test_every_path_is_relative_to_the_stage(base, tmp_path):
 
 
 def test_a_stage_is_named_after_all_that_decides_it(base, tmp_path):
-    names = set(planned(base).stages)
-    assert set(planned(base, train={"max_steps": 2}).stages) != names
-    assert set(planned(base, name="another title").stages) != names  # it is on the manifests' cards
-    assert set(planned({**base, "workers": 3}).stages) == names
-    stage_2 = runs(planned(base))[0].stages[1]
+    was = planned(base)
+    names = set(was.stages)
+    assert not set(planned(base, train={"max_steps": 2}).stages) & names - {n for n in names if n[0] in "h0"}
+    for idle in (
+        {"name": "another title"}, {"workers": 3}, {"out": str(tmp_path / "deep/er/out")},
+        {"train": {"max_steps": 1, "logging_steps": 1}}, {"evaluation": {"split": "test", "per_task": 1}},
+    ):  # fmt: skip
+        assert set(planned(base, **idle).stages) == names, idle
+    again = planned(base, evaluation={"split": "test", "per_task": 1})
+    first = runs(was)[0].stages[0]
+    assert again.stages[first].scores != was.stages[first].scores, "trained once, scored in another folder"
     (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text().replace("Say b", "Tell b"))
-    after = runs(planned(base))[0].stages
-    assert after[0] not in names or after[0] == runs(planned(base))[0].stages[0]
-    assert after[1] != stage_2, "other bytes, another stage"
+    before, after = runs(was)[0].stages, runs(planned(base))[0].stages
+    assert after[0] == before[0] and after[1] != before[1], "other bytes of a task: other stages from it on"
+
+
+def test_what_is_read_beside_the_sources_decides_too(base, tmp_path):
+    (tmp_path / "judge.py").write_text("def one(prompts, completions, references):\n    return [1.0] * len(prompts)\n")
+    shutil.copytree(STARTER, tmp_path / "reference")
+    for changes, file in (
+        (
+            {"method": "cppo", "train": {"max_steps": 1, "reward": {"kind": "python", "function": "judge:one"}}},
+            "judge.py",
+        ),
+        ({"train": {"max_steps": 1, "kl": {"weight": 0.1, "reference": "reference"}}}, "reference/config.json"),
+    ):
+        was = runs(planned(base, **changes))[0].stages
+        assert runs(planned(base, **changes))[0].stages == was
+        (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+        assert not set(runs(planned(base, **changes))[0].stages) & set(was), file
+
+
+def test_a_held_out_manifest_decides_the_scores(base, tmp_path):
+    tasks = [{**task, "path": str(tmp_path / task["path"]), "split": "test"} for task in base["tasks"]]
+    for rows in (["a", "b", "c"], ["a", "b", "c", "d"]):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(
+            {"instruction": "Say.", "input": row, "output": row, "split": "test"}) + "\n" for row in rows))  # fmt: skip
+        build({"tasks": tasks, "replay": {"selector": "random", "per_task": 9}, "out": str(tmp_path / "held")})
+        (tmp_path / "a.jsonl").write_text(
+            json.dumps({"instruction": "Say.", "input": "x", "output": "a", "split": "train"})
+        )
+        made = planned(base, evaluation={"data": "held"})
+        first = runs(made)[0].stages[0]
+        if rows[-1] == "c":
+            was = first, made.stages[first].scores
+    assert first == was[0] and made.stages[first].scores != was[1], "the same model, scored on other rows"
+    with pytest.raises(InputError, match="no row of task 'z'"):
+        planned(base, evaluation={"data": "held"}, tasks=[{**base["tasks"][0], "name": "z"}, *base["tasks"][1:]])
+
+
+def test_without_replay_there_is_a_run_in_any_case(base):
+    made = planned(base, bounds={}, arms={"random": {}, "uniform": {"replay.selector": "uniform"}})
+    assert [run.name for run in runs(made)] == ["random", "uniform", "none"]
+    without = next(run for run in runs(made) if run.name == "none")
+    assert all(step(made, f, "build")["replay"] == {"selector": "none"} for f in without.stages)
+    assert [run.name for run in runs(planned(base, bounds={}, replay={"selector": "none"}))] == ["stream"]
+    copr = planned(base, bounds={}, method="copr", build={"policy": {}})
+    last = next(run for run in runs(copr) if run.name == "none").stages[-1]
+    assert "buffers" not in step(copr, last, "copr") and step(copr, last, "copr")["constraint"] == "none"
 
 
 def test_what_a_method_holds_is_named_stage_by_stage(base):
     ewc = planned(base, train={"max_steps": 1, "ewc": {"weight": 10}}, fisher={"samples": 1})
     first, second, third = runs(ewc)[0].stages
     assert "ewc" not in step(ewc, first, "cft")
-    assert step(ewc, third, "cft")["ewc"] == {"weight": 10, "fisher": [f"../{first}/fisher", f"../{second}/fisher"]}
+    out = step(ewc, second, "fisher")["out"]
+    assert step(ewc, third, "cft")["ewc"] == {"weight": 10, "fisher": [f"../{f}/{out}" for f in (first, second)]}
     assert step(ewc, second, "fisher")["samples"] == 1
+    assert "fisher" not in ewc.stages[third].steps, "nobody needs that of the last stage"
+    plain = runs(planned(base))[0].stages
+    assert plain[0] == first and plain[1] != second, "the same model, whether its Fisher information is wanted or not"
     o_lora = planned(base, train={"max_steps": 1, "lora": {"r": 2}, "o_lora": {"weight": 0.5}})
     first, second, third = runs(o_lora)[0].stages
     assert "o_lora" not in step(o_lora, first, "cft")
@@ -131,6 +192,8 @@ def test_what_a_method_holds_is_named_stage_by_stage(base):
     first, second, _ = runs(cppo)[0].stages
     assert step(cppo, second, "cppo")["value"] == {"head": f"../{first}/train/value.safetensors"}
     assert "value" not in step(cppo, first, "cppo")
+    assert step(cppo, joint_of(cppo), "cppo")["data"] == ["manifest"], "RL takes one"
+    assert step(cppo, joint_of(cppo), "build")["replay"]["per_task"] == 10**9, "with all rows of all tasks"
 
 
 def test_buffers_of_copr_and_the_policy_of_a_build(base):
@@ -176,6 +239,20 @@ def test_a_mixture_counts_where_something_comes_back(base):
         ({"arms": {"x": {"seeds": [1]}}}, r"arms\.x: 'seeds' is not in order, replay"),
         ({"grid": {"replay.ratio": []}}, r"grid\.replay\.ratio: no values"),
         ({"grid": {"replay.ratio": [0.5, 0.5]}}, "two runs are called"),
+        ({"grid": {"replay.ratio": [0.5], "replay.budget": [1]}}, "grid: give one of"),
+        (
+            {"arms": {"x": {"replay.budget": 2}}, "grid": {"replay.budget": [1]}},
+            "'replay.budget' is in the grid as well",
+        ),
+        ({"arms": {"x": {"replay.budget": 2, "replay": {"selector": "random"}}}}, "'replay' holds 'replay.budget'"),
+        ({"grid": {"train.seed": [1, 2]}}, r"run .*train\.seed: set by the stream"),
+        ({"arms": {"x": {"build.tasks": []}}}, r"run 'x'.*build\.tasks"),
+        ({"train": {"max_steps": 1, "ewc": "x"}}, r"train\.ewc: a mapping"),
+        ({"train": {"learning_rate": float("nan")}}, "run 'stream'.*finite"),
+        ({"train": {"learning_rate": 10**400}}, "learning_rate.*no number"),
+        ({"arms": {"x": {"method.a": 1}}}, "'method' is a single value"),
+        ({"arms": {"x": {"train.learning_rat": 1}}}, "run 'x': unknown key 'learning_rat'"),
+        ({"train": {"reward": {"kind": "python", "function": "nowhere:one"}}, "method": "cppo"}, "nowhere"),
         ({"grid": {"train.learning_rat": [1]}}, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
         ({"grid": {"order": ["backwards"]}}, "run 'stream'.*order"),
         ({"arms": {"a/b": {}}}, "a name has letters"),
@@ -187,7 +264,8 @@ def test_a_mixture_counts_where_something_comes_back(base):
         ({"evaluation": {"split": "train"}}, r"tasks\.0\.split: 'train' is what"),
         ({"evaluation": {"data": "nowhere"}}, "nowhere"),
         ({"evaluation": {}}, "give one of `split`"),
-        ({"baseline": "inscl"}, "baseline: 'inscl' is no run of this stream.*\n.*'stream'"),
+        ({"baseline": "inscl"}, "baseline: 'inscl' is no arm of this stream.*\n.*'stream'"),
+        ({"bounds": {"single": False}}, "bounds.*switch both on"),
         ({"model": "no/such-model-here"}, "no/such-model-here"),
         ({"train": {"max_steps": 1, "kl": {"weight": -1}}}, r"kl\.weight"),
         ({"method": "sft"}, "method"),

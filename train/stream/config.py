@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +15,17 @@ from pydantic import Field, field_validator, model_validator
 
 from curate.config import TaskConfig
 from curate.errors import InputError
-from curate.settings import Section, checked, override
+from curate.settings import Section, checked
 from train.scores import Metric
 
 Order = Literal["curriculum", "reverse", "random"]
 Method = Literal["cft", "copr", "dpo", "pbl", "cppo", "grpo"]
 RECIPE = ("order", "replay", "build", "method", "train", "fisher")
 """What arms and the grid may change."""
-OWN_BUILD = ("name", "tasks", "seed", "replay", "out", "cache")
-OWN_TRAIN = ("model", "data", "out", "seed", "resume", "init")
-OWN_FISHER = ("model", "data", "out", "seed")
+BUDGETS = ("budget", "per_task", "ratio")
+OWN_BUILD = ("name", "tasks", "seed", "replay", "out", "cache", "base")
+OWN_TRAIN = ("model", "data", "out", "seed", "resume", "init", "base")
+OWN_FISHER = ("model", "data", "out", "seed", "base")
 _ARM = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*\Z")
 
 
@@ -48,10 +49,17 @@ class Evaluation(Section):
 
 
 class Bounds(Section):
-    """Upper bounds, trained as the stream says without its arms and grid; `replay.selector: none` is the lower one."""
+    """Lower and upper bounds, trained as the stream says without its arms and grid."""
 
+    none: bool = Field(True, description="no replay, where no run of the stream is without; COPR without its buffers")
     single: bool = Field(True, description="each task alone: what relative gain is divided by")
-    joint: bool = Field(True, description="all tasks at once")
+    joint: bool = Field(True, description="all tasks at once; needs `single`, whose rows it takes")
+
+    @model_validator(mode="after")
+    def _rows_of_single(self) -> Bounds:
+        if self.joint and not self.single:
+            raise ValueError("`bounds.joint` trains on the rows of `bounds.single`: switch both on, or joint off")
+        return self
 
 
 class StreamConfig(Section):
@@ -81,10 +89,20 @@ class StreamConfig(Section):
         default_factory=dict, description="runs that differ in several settings: name → {dotted.key: value}"
     )
     grid: dict[str, list[Any]] = Field(
-        default_factory=dict, description="dotted.key → values: every combination is run, of every arm"
+        default_factory=dict,
+        description="dotted.key → values: every combination is run, of every arm (what is "
+        "scored is the same for all: another `evaluation` is another stream, in the same `out`, trained once)",
     )
-    baseline: str | None = Field(None, description="arm that the others are compared with; by default the first")
-    workers: int | None = Field(None, gt=0, description="processes; by default as many as cores and memory allow")
+    baseline: str | None = Field(
+        None, description="arm that the others are compared with, in the same place of the grid; by default the first"
+    )
+    workers: int | None = Field(
+        None, gt=0, le=1024, description="processes; by default as many as cores and memory allow"
+    )
+    threads: int | None = Field(
+        None, gt=0, le=1024, description="of each process; by default 1, or the cores' share where `workers` is given. "
+        "Another number can change a last bit"
+    )  # fmt: skip
     out: str = Field("runs/stream", description="folder of the stages and results, relative to the working directory")
     base: str = Field(".", exclude=True, description="folder that paths are relative to")
 
@@ -113,10 +131,7 @@ class StreamConfig(Section):
                     )
                 if task.split == self.evaluation.split:
                     raise ValueError(f"tasks.{number}.split: {task.split!r} is what `evaluation.split` holds out")
-        for section, own in (("build", OWN_BUILD), ("train", OWN_TRAIN), ("fisher", OWN_FISHER)):
-            if wrong := next((key for key in own if key in getattr(self, section)), None):
-                where = "a key of the stream itself" if wrong in ("replay", "tasks", "model") else "set by the stream"
-                raise ValueError(f"{section}.{wrong}: {where}; leave it out here")
+        _refuse_own(self)
         for arm in self.arms:
             if not _ARM.match(arm) or len(arm) > 60:
                 raise ValueError(f"arms: {arm!r}: a name has letters, digits, space and . _ + - (at most 60)")
@@ -124,6 +139,18 @@ class StreamConfig(Section):
                            *(("grid", k) for k in self.grid)]:  # fmt: skip
             if key.partition(".")[0] not in RECIPE:
                 raise ValueError(f"{where}: {key!r} is not in {', '.join(RECIPE)} (`seeds` is a list of its own)")
+        for arm, keys in self.arms.items():
+            every = [*keys, *self.grid]
+            for key in every:
+                if other := next((o for o in every if o.startswith(f"{key}.")), None):
+                    raise ValueError(f"arms.{arm}: {key!r} holds {other!r}, which is given as well; give one of them")
+            if twice := next((key for key in keys if key in self.grid), None):
+                raise ValueError(f"arms.{arm}: {twice!r} is in the grid as well, which would take its place")
+            sizes = {key for key in every if key.removeprefix("replay.") in BUDGETS and key.startswith("replay.")}
+            if len(sizes) > 1:
+                raise ValueError(f"arms.{arm}: give one of {' and '.join(sorted(sizes))}")
+        if len([key for key in self.grid if key.removeprefix("replay.") in BUDGETS]) > 1:
+            raise ValueError("grid: give one of replay.budget, replay.per_task and replay.ratio")
         if empty := next((key for key, values in self.grid.items() if not values), None):
             raise ValueError(f"grid.{empty}: no values")
         return self
@@ -133,31 +160,88 @@ class StreamConfig(Section):
         beside = Path(self.base) / name
         return beside if beside.exists() else Path(name)
 
-    def recipes(self) -> Iterator[Recipe]:
-        """What is run, once a seed: every arm with every combination of the grid.
+    def recipes(self) -> list[Recipe]:
+        """What is run, once a seed: every arm with every combination of the grid, and without replay in any case.
 
         Raises:
             InputError: a setting that leads nowhere, or two recipes of one name.
         """
-        seen = set[str]()
+        found: list[Recipe] = []
+        names = _labels([key for key, values in self.grid.items() if len(values) > 1])
         for arm, changes in (self.arms or {"": {}}).items():
             for values in itertools.product(*self.grid.values()):
                 chosen = dict(zip(self.grid, values, strict=True))
-                shown = {k.rpartition(".")[2]: v for k, v in chosen.items() if len(self.grid[k]) > 1}
-                words = [f"{v}" if isinstance(v, str) else f"{k} {json.dumps(v)}" for k, v in shown.items()]
-                name = " · ".join([*([arm] if arm else []), *words]) or self.name
-                if name in seen:
-                    raise InputError(f"grid: two runs are called {name!r}", remedy="a value stands twice in a list")
-                seen.add(name)
-                yield self.recipe(name, {**changes, **chosen})
+                own = self.recipe(arm or self.name, "", {**changes, **chosen}).how
+                idle = "replay." if own.replay.get("selector") == "none" else "-"  # no budget makes another run of it
+                telling = [k for k in names if not k.startswith(idle) or k == "replay.selector"]
+                words = [v if isinstance(v := chosen[k], str) else f"{names[k]} {json.dumps(v)}" for k in telling]
+                cell = " · ".join(words)
+                made = self.recipe(arm or ("" if cell else self.name), cell, {**changes, **chosen})
+                same = [r for r in found if (r.arm, r.cell) == (made.arm, made.cell)]
+                if not same:
+                    found.append(made)
+                elif idle == "-":
+                    raise InputError(
+                        f"grid: two runs are called {made.name!r}", remedy="a value stands twice in a list"
+                    )
+        if self.bounds.none and not any(r.how.replay.get("selector") == "none" for r in found):
+            without = {"replay.selector": "none"} | ({"train.constraint": "none"} if self.method == "copr" else {})
+            found.append(self.recipe("none" if "none" not in self.arms else "no replay", "", without))
+        return found
 
-    def recipe(self, name: str, changes: Mapping[str, Any]) -> Recipe:
+    def recipe(self, arm: str, cell: str, changes: Mapping[str, Any]) -> Recipe:
         """The stream's own settings with some changed."""
         data = copy.deepcopy(self.model_dump(include=set(RECIPE)))
+        name = " · ".join(word for word in (arm, cell) if word)
         for key, value in changes.items():
-            override(data, f"{key}={json.dumps(value)}", [("replay.budget", "replay.per_task", "replay.ratio")])
-        settings = checked(_Recipe, data, f"run {name!r}")
-        return Recipe(name, settings, dict(changes))
+            place(data, key, value, f"run {name!r}")
+        return Recipe(arm, cell, name, checked(_Recipe, data, f"run {name!r}"), dict(changes))
+
+
+def place(data: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set a value by its dotted name, in place; of a budget's three forms the newest counts.
+
+    Raises:
+        InputError: its path leads into a single value.
+    """
+    *parents, last = dotted.split(".")
+    node = data
+    for key in parents:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise InputError(f"{where}: {dotted!r}: {key!r} is a single value and has no key {last!r}")
+    for other in BUDGETS if parents == ["replay"] and last in BUDGETS else ():
+        node.pop(other, None)
+    node[last] = copy.deepcopy(value)
+
+
+def _labels(keys: list[str]) -> dict[str, str]:
+    """Key → the shortest end of it that no other key has.
+
+    >>> _labels(["train.kl.weight", "train.ewc.weight", "order"])
+    {'train.kl.weight': 'kl.weight', 'train.ewc.weight': 'ewc.weight', 'order': 'order'}
+    """
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[key] = next(e for e in ends if [k for k in keys if k == e or k.endswith(f".{e}")] == [key])
+    return found
+
+
+def _refuse_own(settings: Any) -> None:
+    """Raises ValueError where a section holds what the stream sets."""
+    for section, own in (("build", OWN_BUILD), ("train", OWN_TRAIN), ("fisher", OWN_FISHER)):
+        given = getattr(settings, section)
+        if wrong := next((key for key in own if key in given), None):
+            where = "a key of the stream itself" if wrong in ("replay", "tasks", "model") else "set by the stream"
+            raise ValueError(f"{section}.{wrong}: {where}; leave it out here")
+        if odd := next((key for key in ("ewc", "o_lora", "kl", "value", "policy", "reference", "tags", "rollouts")
+                        if given.get(key) is not None and not isinstance(given[key], dict)
+                        and not (key == "reference" and section == "train")), None):  # fmt: skip
+            raise ValueError(f"{section}.{odd}: a mapping of its settings is needed, not {str(given[odd])[:50]!r}")
 
 
 class _Recipe(Section):
@@ -170,17 +254,26 @@ class _Recipe(Section):
     train: dict[str, Any]
     fisher: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _own(self) -> _Recipe:
+        _refuse_own(self)
+        return self
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How a run is made, whatever its seed.
 
     Attributes:
-        name: unique in the stream.
+        arm: name of its arm; empty where there are none.
+        cell: its place in the grid, in words.
+        name: both, unique in the stream.
         how: its settings.
         changes: which of them an arm or the grid gave.
     """
 
+    arm: str
+    cell: str
     name: str
     how: _Recipe
     changes: dict[str, Any]

@@ -21,7 +21,7 @@ from curate.report.plots import height, names_axis
 from train.plots import curves
 from train.stream import results
 from train.stream.config import StreamConfig
-from train.stream.plan import Plan, Run
+from train.stream.plan import Plan
 from train.stream.results import difference, ends, spread
 
 FILE, CURVES = "stream.html", "curves.svg"
@@ -47,17 +47,29 @@ def write(plan: Plan, table: pl.DataFrame, config: StreamConfig) -> Path:
 def contents(plan: Plan, table: pl.DataFrame, config: StreamConfig) -> dict[str, Any]:
     """All that the page says."""
     names = _names(table)
-    baseline = config.baseline or (names[0] if names else "")
+    against = _against(table, config)
     through, every = ends(table).height, sum(run.kind == "run" for run in plan.runs)
-    sections = [_gains(table, names), _differences(table, names, baseline), _matrices(table, names),
+    sections = [_gains(table, names), _differences(table, against), _matrices(table, names),
                 _bounds(table, config), _costs(plan, table, names)]  # fmt: skip
     return {
         "name": short(config.name, 80), "kicker": "Rehearse · a continual run, stage after stage",
-        "tiles": _tiles(plan, table, through, every), "says": _sentences(table, names, baseline, through, every),
+        "tiles": _tiles(plan, table, through, every), "says": _sentences(table, names, against, through, every),
         "sections": [asdict(section) for section in sections],
         "note": f"{results.FILE} holds every score; each stage's folder under stages/ its manifest, its training, and "
                 "every item that was scored.",
     }  # fmt: skip
+
+
+def _against(table: pl.DataFrame, config: StreamConfig) -> dict[str, str]:
+    """Run → the run that it is compared with: of the baseline's arm, at its own place in the grid."""
+    runs = table.filter(kind="run").unique("run", maintain_order=True).select("run", "arm", "cell").rows()
+    first = config.baseline if config.baseline is not None else (runs[0][1] if runs else "")
+    if len({arm for _, arm, _ in runs}) == 1:  # a grid alone: its first place
+        return {run: runs[0][0] for run, *_ in runs[1:]}
+    base = {cell: run for run, arm, cell in runs if arm == first}
+    only = next(iter(base.values())) if len(base) == 1 else None
+    found = {run: base.get(cell, only) for run, arm, cell in runs if arm != first}
+    return {run: other for run, other in found.items() if other is not None}
 
 
 def _names(table: pl.DataFrame) -> list[str]:
@@ -76,33 +88,32 @@ def _tiles(plan: Plan, table: pl.DataFrame, through: int, every: int) -> list[tu
     return [
         (f"{tasks}", "tasks", "in a row"),
         (f"{len({run.name for run in runs})}", "ways to train", "arms and grid"),
-        (f"{seeds}", "seeds", "of each"),
+        (f"{seeds}", "seed" if seeds == 1 else "seeds", "of each"),
         (f"{through:,}", "runs through", f"of {every:,}"),
         (f"{done:,}", "stages trained", "what runs share counts once"),
     ]
 
 
-def _sentences(table: pl.DataFrame, names: list[str], baseline: str, through: int, every: int) -> list[str]:
-    measure, says = _measure(table), []
-    last = ends(table)
+def _sentences(table: pl.DataFrame, names: list[str], against: dict[str, str], through: int, every: int) -> list[str]:
+    measure, says = _measure(table), list[str]()
+    last, digits, unit = ends(table), _digits(measure), " %" if measure == "relative_gain" else ""
     means = {n: spread(v)[0] for n in names if len(v := last.filter(run=n)[measure].drop_nulls().to_list())}
-    unit = " %" if measure == "relative_gain" else ""
-    if means:
+    if len({round(mean, digits) for mean in means.values()}) > 1:
         best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-        most, least = short(best), short(worst)
-        if unit:
-            says.append(f"{most} keeps most: {means[best]:.1f} % of what a task trained alone reaches is kept of older "
-                        f"tasks; {least} least: {means[worst]:.1f} %.")  # fmt: skip
-        else:
-            says.append(f"{most} has the highest mean score at the end: {means[best]:.3f}; {least} the lowest: "
-                        f"{means[worst]:.3f}.")  # fmt: skip
-    for name in names:
-        found = difference(table, name, baseline, measure) if name != baseline else None
-        if found and found["interval"] and len(names) <= 4:
+        what = "of what older tasks reach when each is trained alone" if unit else "as the mean score at the end"
+        most, least = f"{means[best]:.{digits}f}{unit}", f"{means[worst]:.{digits}f}{unit}"
+        says.append(f"Most is kept by “{short(best)}”: {most} {what}. Least by “{short(worst)}”: {least}.")
+    for name, other in against.items() if len(against) <= 3 else ():
+        found = difference(table, name, other, measure)
+        if found and found["interval"]:
             low, high = found["interval"]
-            verdict = "more" if low > 0 else "less" if high < 0 else "neither more nor less, for all that is known:"
-            says.append(f"Beside {short(baseline)}, {short(name)} keeps {verdict} {found['mean']:+.1f} "
-                        f"[{low:+.1f}, {high:+.1f}] (95 %, {plural(found['pairs'], 'seed')}).")  # fmt: skip
+            shown = f"{found['mean']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            verdict = (f"“{short(name)}” keeps {'more' if low > 0 else 'less'} than “{short(other)}”"
+                       if low > 0 or high < 0 else
+                       f"“{short(name)}” and “{short(other)}” cannot be told apart by these seeds")  # fmt: skip
+            says.append(f"{verdict}: {shown} (95 %, {plural(found['pairs'], 'seed')}).")
+    if measure != "relative_gain" and table["upper"].explode().drop_nulls().len():
+        says.append("No relative gain: a task that is trained alone scores 0, and nothing can be divided by that.")
     if through < every:
         says.append(f"{every - through} of {plural(every, 'run')} are not through; they are shown as far as they are.")
     return says
@@ -121,10 +132,10 @@ def _curve(table: pl.DataFrame, name: str, measure: str) -> tuple[list[int], lis
 
 def _gains(table: pl.DataFrame, names: list[str]) -> Section:
     measure = _measure(table)
-    traces, reached = [], set[int]()
+    traces, reached, spreads = [], set[int](), False
     for number, name in enumerate(names):
         stages, means, sds = _curve(table, name, measure)
-        reached |= set(stages)
+        reached, spreads = reached | set(stages), spreads or any(sds)
         colour = COLOURS[number % len(COLOURS)]
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": label(name, 40), "x": stages,
@@ -154,18 +165,24 @@ def _gains(table: pl.DataFrame, names: list[str]) -> Section:
             "reaches when it is trained alone. 100 % = nothing is forgotten."
             if measure == "relative_gain" else "Mean score of the tasks so far; no upper bound is known."]  # fmt: skip
     alt = f"{NAMES[measure]} by stage, {plural(len(names), 'line')}."
-    note = "Bars are one standard deviation over seeds."
+    note = "Bars are one standard deviation over seeds." if spreads else ""
     plot = Plot("gain", NAMES[measure].capitalize(), alt, traces, layout, None, note)
     return Section("kept", "What is kept, stage after stage", says, [plot, ended])
 
 
-def _differences(table: pl.DataFrame, names: list[str], baseline: str) -> Section:
-    measure, title = _measure(table), f"Beside {short(baseline)}"
-    found = {n: d for n in names if n != baseline and (d := difference(table, n, baseline, measure)) is not None}
+def _digits(measure: str) -> int:
+    return 1 if measure == "relative_gain" else 3
+
+
+def _differences(table: pl.DataFrame, against: dict[str, str]) -> Section:
+    measure = _measure(table)
+    others = list(dict.fromkeys(against.values()))
+    title = f"Beside “{short(others[0])}”" if len(others) == 1 else "Beside each other"
+    found = {n: d for n, o in against.items() if (d := difference(table, n, o, measure)) is not None}
     if not found:
         return Section("differences", title, ["There is nothing to compare: no other run is through."])
-    digits = 1 if measure == "relative_gain" else 3
-    rows = [[short(n), f"{d['mean']:+.{digits}f}",
+    digits = _digits(measure)
+    rows = [[short(n), short(against[n]), f"{d['mean']:+.{digits}f}",
              f"{d['interval'][0]:+.{digits}f} to {d['interval'][1]:+.{digits}f}" if d["interval"] else "–",
              str(d["pairs"])] for n, d in found.items()]  # fmt: skip
     table_ = Table(
@@ -181,14 +198,15 @@ def _differences(table: pl.DataFrame, names: list[str], baseline: str) -> Sectio
         "hovertext": [f"{label(n, 40)}: {found[n]['mean']:+.{digits}f}" for n in kept], "hoverinfo": "text",
     }  # fmt: skip
     layout = {"height": height(len(kept), 30), "yaxis": names_axis(kept), "showlegend": False,
-              "xaxis": {"title": {"text": f"difference in {NAMES[measure]}"}, "zeroline": True}}  # fmt: skip
+              "xaxis": {"title": {"text": f"difference in {NAMES[measure]}"}, "zeroline": True,
+                        "rangemode": "tozero"}}  # fmt: skip
     seeds = max(d["pairs"] for d in found.values())
     chance = (
         f"A bar is the 95 % interval of the mean by Student's t; where it holds 0, {seeds} seeds cannot part the two."
         if seeds > 1
         else "With one seed nothing can be said of chance."
     )
-    says = [f"Seed by seed, as the same seed draws the same order of tasks and rows in both. {chance}"]
+    says = [f"Seed by seed: what two runs of one seed have in common is no part of their difference. {chance}"]
     plot = Plot(
         "difference", "Differences with their intervals", f"{plural(len(kept), 'difference')}.", [trace], layout, table_
     )
@@ -216,7 +234,7 @@ def _matrices(table: pl.DataFrame, names: list[str]) -> Section:
             "showscale": False, "xgap": 2, "ygap": 2,
         }  # fmt: skip
         layout = {
-            "height": 130 + 34 * len(stages),
+            "height": 120 + 30 * len(stages), "margin": {"l": 10, "r": 60, "t": 90, "b": 10},
             "xaxis": {"tickvals": list(range(len(tasks))), "ticktext": [label(t, 16) for t in tasks], "side": "top",
                       "showgrid": False, "tickangle": -35},
             "yaxis": {"tickvals": stages, "ticktext": ["before" if s == 0 else f"stage {s}" for s in stages],
@@ -257,17 +275,16 @@ def _bounds(table: pl.DataFrame, config: StreamConfig) -> Section:
 
 
 def _costs(plan: Plan, table: pl.DataFrame, names: list[str]) -> Section:
-    rows = []
+    rows, columns = [], ("current", "replay", "augmented", "steps", "tokens")
     for name in names:
-        part = table.filter(pl.col("kind") == "run", pl.col("run") == name, pl.col("stage") > 0)
-        summed = (
-            part.group_by("seed").agg(pl.col("replay", "current", "augmented", "steps", "tokens").sum()).sort("seed")
-        )
-        runs = [run for run in plan.runs if run.kind == "run" and run.name == name]
-        took = [found for run in runs if _through(table, run) and (found := results.times(plan, run)) is not None]
+        seeds = ends(table).filter(run=name)["seed"]  # of runs that are through
+        part = table.filter(pl.col("kind") == "run", pl.col("run") == name, pl.col("stage") > 0,
+                            pl.col("seed").is_in(seeds.implode()))  # fmt: skip
+        summed = part.group_by("seed").agg(pl.col(columns).sum()).sort("seed")
+        runs = [run for run in plan.runs if run.kind == "run" and run.name == name and run.seed in seeds.to_list()]
+        took = [found for run in runs if (found := results.times(plan, run)) is not None]
         means = [[t.get(c, 0.0) for t in took] for c in ("build", "train", "fisher", "eval")]
-        rows.append([short(name), *(_cell(summed[c].drop_nulls().to_list(), 0) for c in
-                     ("current", "replay", "augmented", "steps", "tokens")),
+        rows.append([short(name), *("–" if part[c].null_count() else _cell(summed[c].to_list(), 0) for c in columns),
                      *(f"{sum(v) / len(v):,.0f}" if v and any(v) else "–" for v in means),
                      f"{sum(map(sum, means)) / len(took):,.0f}" if took else "–"])  # fmt: skip
     header = ["run", "rows of its tasks", "rows replayed", "rewrites", "steps", "tokens", "build, s", "training, s",
@@ -277,10 +294,6 @@ def _costs(plan: Plan, table: pl.DataFrame, names: list[str]) -> Section:
         "done once; seconds are those of one process while others ran."
     ]
     return Section("cost", "What it cost", says, [Table("Rows, tokens and time.", header, rows, list(range(1, 11)))])
-
-
-def _through(table: pl.DataFrame, run: Run) -> bool:
-    return ends(table).filter(pl.col("run") == run.name, pl.col("seed") == run.seed).height > 0
 
 
 def _mean(rows: Sequence[Sequence[float | None]], n: int) -> list[float | None]:

@@ -1,8 +1,12 @@
 """The runs of a stream as a tree of stages: what several runs have in common is one stage, done once.
 
-A stage's folder is named after a hash of its commands' settings, the folders that it goes on from, and the bytes of its
-sources and of the first model. So a changed setting is another stage, an unchanged one is found done, and results of
-different settings are never mixed. All paths in a stage's files are relative to its folder: the whole tree can move.
+A stage's folder is named after a hash of what decides its model: the settings of its build and its training, the stages
+that it goes on from, and the bytes of all that these read (sources, the first model, references, functions). So a
+changed setting is another stage, and an unchanged one is found done, wherever the folder lies. Scores and Fisher
+information of a stage are folders in it, named after their own settings. Not in the hash, but in each stage's
+`train/run.json`: versions of packages, and the device.
+
+All paths in a stage's files are relative to its folder.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,21 +25,23 @@ import numpy as np
 from curate.config import BuildConfig, TaskConfig
 from curate.errors import InputError
 from curate.manifest import read
+from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
-from curate.models.weights import model_folder, weights_hash
+from curate.models.function import open_function
+from curate.models.weights import model_folder, stack, weights_hash
 from curate.readers import identify
-from curate.settings import checked
+from curate.settings import FUNCTION, checked
 from train.evaluate import EvalConfig
 from train.fisher import FisherConfig
-from train.run import CONFIGS
+from train.run import CONFIGS, HOUSEKEEPING
 from train.settings import parse
 from train.stream.config import Recipe, StreamConfig
 
 STAGES, CACHE = "stages", "cache"
-EVERYTHING = 1000.0  # × the rows of the newest task: all rows that the older ones have
-PATHS = ("model", "path", "reference", "overrides", "tokenizer", "init", "head", "data", "eval_data", "fsdp_config",
-         "deepspeed")  # fmt: skip
+EVERYTHING = {"selector": "random", "per_task": 10**9}  # all rows that the older tasks have
+PATHS = ("model", "path", "reference", "overrides", "tokenizer", "head", "eval_data", "fsdp_config", "deepspeed")
 """Keys of a build and of training that may hold a path."""
+WORDS = ("manifest", "measure")  # what `reference` may be instead
 ASKS_POLICY = ("highest_loss", "perplexity_ratio")
 
 
@@ -46,46 +53,58 @@ class Step:
     settings: dict[str, Any]
 
     @property
-    def file(self) -> str:
-        """Name of the file, which names what is done."""
-        return f"{self.command if self.command in ('build', 'fisher', 'eval') else 'train'}.yaml"
+    def kind(self) -> str:
+        """build, train, fisher or eval."""
+        return self.command if self.command in ("build", "fisher", "eval") else "train"
 
     @property
     def by_hand(self) -> str:
         """The command line that does it, in the stage's folder."""
-        if self.command == "build":
-            return f"curate build {self.file}"
-        return f"train {self.command} --config {self.file}"
+        program = "curate build" if self.command == "build" else f"train {self.command} --config"
+        return f"{program} {self.kind}.yaml"
+
+    @property
+    def leaves(self) -> str:
+        """What is in the stage's folder when it is done."""
+        last = {"build": "provenance.json", "train": "model", "fisher": "fisher.json", "eval": "metrics.json"}
+        return f"{self.settings['out']}/{last[self.kind]}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """A folder with the commands that fill it, in their order.
 
     Attributes:
         folder: its name.
         kind: held_out, start, stage or joint.
-        number: tasks that its model was trained on, one after the other.
-        task: the newest of them.
-        steps: the commands.
+        tasks: that its model was trained on, one after the other (joint: at once).
+        steps: the commands by their kinds.
         needs: folders of the stages that it goes on from.
         key: hash of all that decides its results.
     """
 
     folder: str
     kind: str
-    number: int
-    task: str
-    steps: tuple[Step, ...]
+    tasks: tuple[str, ...]
+    steps: dict[str, Step]
     needs: tuple[str, ...]
     key: str
 
     @property
+    def ordered(self) -> list[Step]:
+        """The commands in their order."""
+        return [self.steps[kind] for kind in ("build", "train", "fisher", "eval") if kind in self.steps]
+
+    @property
+    def scores(self) -> str:
+        """Folder of its scores."""
+        return str(self.steps["eval"].settings["out"])
+
+    @property
     def title(self) -> str:
         """What a progress line says."""
-        return {"held_out": "held-out rows", "start": "the first model", "joint": "all tasks at once"}.get(
-            self.kind, f"stage {self.number}: {self.task}"
-        )
+        named = {"held_out": "held-out rows", "start": "the first model", "joint": "all tasks at once"}
+        return named[self.kind] if self.kind in named else f"stage {len(self.tasks)}: {self.tasks[-1]}"
 
 
 @dataclass(frozen=True)
@@ -93,11 +112,12 @@ class Run:
     """A path through the tree.
 
     Attributes:
-        name: of its recipe; bounds have none.
+        name: of its recipe; a task trained alone: its name.
         kind: run, single (a task alone) or joint.
         seed: of everything drawn.
         tasks: in the order of training.
-        stages: folders, one a task, behind that of the first model; of a bound one.
+        start: folder of the first model's scores.
+        stages: folders, one a task; of a bound one.
         recipe: how it is made.
     """
 
@@ -117,17 +137,22 @@ class Plan:
     out: Path
     stages: dict[str, Stage] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)  # task → hash of its files
 
     def folder(self, name: str) -> Path:
         """Where a stage lies."""
         return self.out / STAGES / name
+
+    def done(self, name: str) -> bool:
+        """Whether all that a stage is for is there."""
+        return all((self.folder(name) / step.leaves).exists() for step in self.stages[name].ordered)
 
 
 def plan(config: StreamConfig) -> Plan:
     """The tree of a stream. Every setting of every stage is checked; nothing is written.
 
     Raises:
-        InputError: a source, the model, the held-out manifest or a setting cannot be used.
+        InputError: a source, the model, the held-out manifest, a function or a setting cannot be used.
     """
     return _Planner(config).plan()
 
@@ -135,39 +160,52 @@ def plan(config: StreamConfig) -> Plan:
 class _Planner:
     def __init__(self, config: StreamConfig) -> None:
         self.config, self.base = config, Path(config.base)
-        self.plan_ = Plan(Path(config.out))
+        self.made = Plan(Path(config.out))
         self.names = tuple(task.name for task in config.tasks)
         self.tasks = {task.name: task for task in config.tasks}
-        self.here = (self.plan_.out / STAGES / "x").absolute()  # as deep as every stage
+        self.here = (self.made.out / STAGES / "x").absolute()  # as deep as every stage
+        self.inputs: dict[str, str] = {}  # text in a stage's settings → hash of what it names
         folder, _ = model_folder(str(config.path(config.model)), self.base, "model")
+        for below in stack(folder.absolute(), "model")[:-1]:
+            if not below.is_absolute():
+                raise InputError(
+                    f"model {config.model!r}: an adapter whose base {str(below)!r} is found from the working "
+                    "directory alone",
+                    remedy="merge it, or give its adapter_config.json the base's whole path as base_model_name_or_path",
+                )
         self.weights = weights_hash(folder)
-        self.sources = {task.name: identify(task, self.base).files for task in config.tasks}
-        self.model = self._path(config.model)
+        self.model = self._path(config.model, self.weights)
+        for task in config.tasks:
+            self.made.sources[task.name] = content_hash(sorted(identify(task, self.base).files.values()))
+            self._path(task.path, self.made.sources[task.name])
 
     def plan(self) -> Plan:
-        config, base = self.config, self.config.recipe("", {})
-        recipes = list(config.recipes())
-        if config.baseline is not None and config.baseline not in [r.name for r in recipes]:
-            raise InputError(f"baseline: {config.baseline!r} is no run of this stream",
-                             remedy=f"there are {', '.join(repr(r.name) for r in recipes)}")  # fmt: skip
+        config, own, recipes = self.config, self.config.recipe(self.config.name, "", {}), self.config.recipes()
+        if config.baseline is not None and config.baseline not in [r.arm for r in recipes]:
+            raise InputError(f"baseline: {config.baseline!r} is no arm of this stream",
+                             remedy=f"there are {', '.join(repr(r.arm) for r in recipes)}")  # fmt: skip
         held_out = self._held_out()
         start = self._start(held_out)
         for recipe in recipes:
             for seed in config.seeds:
-                order = self._order(recipe, seed)
-                stages: list[Stage] = []
+                order, stages = self._order(recipe, seed), list[Stage]()
                 for n in range(1, len(order) + 1):
-                    stages.append(self._stage(recipe, order[:n], seed, start, stages, held_out))
-                folders = tuple(s.folder for s in stages)
-                self.plan_.runs.append(Run(recipe.name, "run", seed, order, start.folder, folders, recipe))
-        for seed in config.seeds:
-            for task in self.names if config.bounds.single else ():
-                alone = self._stage(base, (task,), seed, start, [], held_out)
-                self.plan_.runs.append(Run(task, "single", seed, (task,), start.folder, (alone.folder,), base))
+                    with _told(recipe):
+                        stages.append(self._stage(recipe, order[:n], seed, start, stages, held_out))
+                self._run(recipe.name, "run", seed, order, start, stages, recipe)
+        for seed in config.seeds if config.bounds.single else ():
+            alone = [self._stage(own, (task,), seed, start, [], held_out) for task in self.names]
+            for task, stage in zip(self.names, alone, strict=True):
+                self._run(task, "single", seed, (task,), start, [stage], own)
             if config.bounds.joint:
-                joint = self._stage(base, self.names, seed, start, [], held_out, joint=True)
-                self.plan_.runs.append(Run("", "joint", seed, self.names, start.folder, (joint.folder,), base))
-        return self.plan_
+                joint = self._joint(own, alone, seed, start, held_out)
+                self._run("all tasks at once", "joint", seed, self.names, start, [joint], own)
+        return self.made
+
+    def _run(self, name: str, kind: str, seed: int, tasks: tuple[str, ...], start: Stage, stages: list[Stage],
+             recipe: Recipe) -> None:  # fmt: skip
+        folders = tuple(stage.folder for stage in stages)
+        self.made.runs.append(Run(name, kind, seed, tasks, start.folder, folders, recipe))
 
     def _order(self, recipe: Recipe, seed: int) -> tuple[str, ...]:
         if recipe.how.order == "random":
@@ -176,88 +214,116 @@ class _Planner:
 
     # --- stages ---
 
-    def _add(self, kind: str, tasks: Sequence[str], steps: Sequence[Step], needs: Sequence[str]) -> Stage:
+    def _add(self, kind: str, tasks: tuple[str, ...], steps: Sequence[Step], needs: Sequence[Stage | None]) -> Stage:
         """A stage by what decides it, whose settings are sound."""
-        says = [[step.command, step.settings] for step in steps]
-        key = content_hash([kind, says, self.weights, {t: self.sources[t] for t in tasks}])
+        decide = [[step.command, self._decides(step.settings)] for step in steps if step.kind in ("build", "train")]
+        key = content_hash([kind, decide, self.weights])
         named = {"held_out": "held-out", "start": "0-start", "joint": "joint"}
         name = named[kind] if kind in named else f"{len(tasks)}-{tasks[-1]}"
         folder = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{key[:10]}"
-        stage = Stage(folder, kind, len(tasks), tasks[-1] if tasks else "", tuple(steps), tuple(needs), key)
-        if folder not in self.plan_.stages:
+        if folder not in self.made.stages:
             for step in steps:
                 check(step, self.here)
-            self.plan_.stages[folder] = stage
-        return self.plan_.stages[folder]
+            before = tuple(stage.folder for stage in needs if stage)
+            self.made.stages[folder] = Stage(folder, kind, tasks, {s.kind: s for s in steps}, before, key)
+        return self.made.stages[folder]
+
+    def _decides(self, value: Any, key: str = "") -> Any:
+        """Settings as they decide a result: contents instead of places, and nothing that changes none."""
+        if isinstance(value, Mapping):
+            idle = (*HOUSEKEEPING, "name", "out", "cache") if not key else ()
+            return {name: self._decides(each, name) for name, each in value.items() if name not in idle}
+        if isinstance(value, list | tuple):
+            return [self._decides(each, key) for each in value]
+        return self.inputs.get(value, value) if isinstance(value, str) else value
 
     def _held_out(self) -> Stage | None:
         """The rows that all stages are scored on; None where a manifest has them already."""
         given = self.config.evaluation.data
         if given is not None:
-            manifest = read(self.config.path(given))
-            there = manifest.samples["task"].unique().to_list()
+            there = read(self.config.path(given)).samples["task"].unique().to_list()
             if missing := next((task for task in self.names if task not in there), None):
                 raise InputError(f"evaluation.data {given}: no row of task {missing!r}",
                                  remedy="build it from held-out rows of every task, under the same names")  # fmt: skip
             return None
         tasks = [{**self._task(name), "split": self.config.evaluation.split} for name in self.names]
-        replay = {"selector": "random", "ratio": EVERYTHING}
-        return self._add("held_out", self.names, [self._build(tasks, replay, {}, 0)], [])
+        return self._add("held_out", self.names, [self._build(tasks, EVERYTHING, {}, 0)], [])
 
     def _start(self, held_out: Stage | None) -> Stage:
         """The model before training, scored on all tasks."""
-        steps = [self._eval([self.model], self.names, held_out)]
-        return self._add("start", (), steps, [s.folder for s in (held_out,) if s])
+        return self._add("start", (), [self._eval([self.model], self.names, held_out)], [held_out])
 
     def _stage(self, recipe: Recipe, tasks: tuple[str, ...], seed: int, start: Stage, before: list[Stage],
-               held_out: Stage | None, joint: bool = False) -> Stage:  # fmt: skip
-        """A task behind older ones, which the stages `before` have trained; or all of them at once."""
-        how, first = recipe.how, not before
+               held_out: Stage | None) -> Stage:  # fmt: skip
+        """A task behind older ones, which the stages `before` have trained."""
+        how = recipe.how
+        replay = _replay(how.replay, first=not before)
         ahead = f"../{before[-1].folder}/train/model" if before else self.model
-        replay = {"selector": "random", "ratio": EVERYTHING} if joint else _replay(how.replay, first)
         older = f"../{before[-2].folder}/train/model" if len(before) > 1 else self.model
         asked = self._asked(how.build, replay, ahead, older)
         build = self._build([self._task(name) for name in tasks], replay, asked, draws(seed, len(tasks), replay))
-        train = self._train(how, seed, ahead, before, replay["selector"] != "none" and not joint)
-        steps = [build, Step(how.method, train)]
-        if how.train.get("ewc") is not None and not joint:
-            given = {**_relative(how.fisher, self._path), "model": "train/model", "data": ["manifest"], "out": "fisher"}
-            steps.append(Step("fisher", {**given, "seed": seed}))
-        scored = self.names if self.config.evaluation.every_task else tasks
-        models = [self.model] if self.config.evaluation.metric == "ranking_change" else []
-        steps.append(self._eval([*models, "train/model"], scored, held_out))
-        needs = [s.folder for s in (held_out, start, *before) if s]
-        return self._add("joint" if joint else "stage", tasks, steps, needs)
+        train = self._train(how, seed, ahead, before, replay["selector"] != "none")
+        steps = [build, Step(how.method, {**train, "data": ["manifest"]}), self._score(tasks, held_out)]
+        return self._add("stage", tasks, steps, [held_out, start, *before])
+
+    def _joint(self, recipe: Recipe, alone: list[Stage], seed: int, start: Stage, held_out: Stage | None) -> Stage:
+        """All tasks at once: on the manifests of each alone, in which every row is of the newest task.
+
+        Reinforcement learning takes one manifest, and old prompts as well as new ones: it gets all of them in one.
+        """
+        how, steps = recipe.how, list[Step]()
+        train = self._train(how, seed, self.model, [], False)
+        if how.method in ("cppo", "grpo"):
+            train["data"] = ["manifest"]
+            asked = self._asked(how.build, EVERYTHING, self.model, self.model)
+            steps.append(self._build([self._task(name) for name in self.names], EVERYTHING, asked, seed))
+        else:
+            train["data"] = [f"../{stage.folder}/manifest" for stage in alone]
+        if isinstance(most := train.get("max_steps"), int) and most > 0:
+            train["max_steps"] = most * len(alone)  # as many as a run has in all
+        steps += [Step(how.method, train), self._score(self.names, held_out)]
+        return self._add("joint", self.names, steps, [held_out, start, *alone])
 
     def _train(self, how: Any, seed: int, ahead: str, before: list[Stage], replays: bool) -> dict[str, Any]:
         """Settings of training, with what older stages hand on."""
-        train = copy.deepcopy(_relative(how.train, self._path))
-        buffers = how.method == "copr" and train.get("constraint") != "none"
-        if not before or not (replays or buffers):
+        train = copy.deepcopy(self._relative(how.train))
+        buffers = how.method == "copr" and train.get("constraint") != "none" and train.get("keep") != 0
+        if not before or not (buffers if how.method == "copr" else replays):
             train.pop("mixture", None)  # nothing comes back
-        for key, holds in (("ewc", "fisher"), ("o_lora", "previous")):
-            if train.get(key) is None:
-                continue
-            if not before:
-                del train[key]
-            elif key == "ewc":
-                train[key] = {**train[key], holds: [f"../{stage.folder}/fisher" for stage in before]}
-            else:  # the newest adapter holds the older ones too, beside the first model
-                train[key], ahead = {**train[key], holds: [f"../{before[-1].folder}/train/model"]}, self.model
+        for key in ("ewc", "o_lora"):
+            if train.get(key) is None or not before:
+                train.pop(key, None)
+        if "ewc" in train:
+            folders = [f"../{stage.folder}/{self._fisher(stage, how, seed)}" for stage in before]
+            train["ewc"] = {**train["ewc"], "fisher": folders}
+        if "o_lora" in train:  # the newest adapter holds the older ones too, beside the first model
+            train["o_lora"] = {**train["o_lora"], "previous": [f"../{before[-1].folder}/train/model"]}
+            ahead = self.model
         if before and buffers:
             train["buffers"] = [f"../{stage.folder}/train/buffer" for stage in before]
-        if before and how.method == "cppo" and train.get("advantages", "gae") == "gae":
+        advantages = train.get("advantages", {"cppo": "gae", "grpo": "group"}.get(how.method))
+        if before and advantages == "gae":
             value = {**(train.get("value") or {}), "head": f"../{before[-1].folder}/train/value.safetensors"}
             if value.get("model"):
                 value["model"] = f"../{before[-1].folder}/train/value"
             train["value"] = value
-        return {**train, "model": ahead, "data": ["manifest"], "out": "train", "seed": seed}
+        return {**train, "model": ahead, "out": "train", "seed": seed}
+
+    def _fisher(self, stage: Stage, how: Any, seed: int) -> str:
+        """The folder of a stage's Fisher information, which it is given by this."""
+        given = {**self._relative(how.fisher), "model": "train/model", "data": ["manifest"], "seed": seed}
+        step = Step("fisher", {**given, "out": f"fisher-{content_hash(self._decides(given))[:8]}"})
+        if (other := stage.steps.setdefault("fisher", step)) != step:
+            raise InputError(f"fisher: {stage.title} would be estimated with {other.settings} and {step.settings}",
+                             remedy="one kind of Fisher information a stream")  # fmt: skip
+        check(step, self.here)
+        return str(step.settings["out"])
 
     # --- steps ---
 
-    def _build(self, tasks: list[dict[str, Any]], replay: dict[str, Any], more: dict[str, Any], seed: int) -> Step:
+    def _build(self, tasks: list[dict[str, Any]], replay: Mapping[str, Any], more: dict[str, Any], seed: int) -> Step:
         replay = replay if len(tasks) > 1 else {"selector": "none"}
-        return Step("build", {"name": self.config.name, **more, "tasks": tasks, "replay": replay, "seed": seed,
+        return Step("build", {"name": self.config.name, **more, "tasks": tasks, "replay": dict(replay), "seed": seed,
                               "out": "manifest", "cache": f"../../{CACHE}"})  # fmt: skip
 
     def _asked(self, build: Mapping[str, Any], replay: Mapping[str, Any], ahead: str, older: str) -> dict[str, Any]:
@@ -265,7 +331,7 @@ class _Planner:
 
         The reference of a perplexity ratio is the checkpoint before the newest stage: what that stage made it lose.
         """
-        found = copy.deepcopy(_relative(build, self._path))
+        found = copy.deepcopy(self._relative(build))
         tags = found.get("tags") or {}
         by_llm = tags.get("tagger") == "llm" and not tags.get("model") and replay["selector"] != "none"
         asked = by_llm or replay["selector"] in ASKS_POLICY or any(found.get(k) for k in ("rollouts", "augment"))
@@ -275,20 +341,54 @@ class _Planner:
             found.setdefault("reference", {**found["policy"], "model": older})
         return found
 
+    def _score(self, tasks: Sequence[str], held_out: Stage | None) -> Step:
+        """The scores of a stage's model on its tasks so far, or on all."""
+        how = self.config.evaluation
+        first = [self.model] if how.metric == "ranking_change" else []
+        return self._eval([*first, "train/model"], self.names if how.every_task else tasks, held_out)
+
     def _eval(self, models: list[str], tasks: Sequence[str], held_out: Stage | None) -> Step:
         how = self.config.evaluation
         data = f"../{held_out.folder}/manifest" if held_out else self._path(str(how.data))
         given = how.model_dump(include={"metric", "max_new_tokens", "reduction", "per_task", "batch_size"})
-        return Step("eval", {**given, "models": models, "data": data, "tasks": sorted(tasks), "out": "eval"})
+        given |= {"models": models, "data": data, "tasks": sorted(tasks)}
+        return Step("eval", {**given, "out": f"eval-{content_hash(self._decides(given))[:8]}"})
 
     def _task(self, name: str) -> dict[str, Any]:
         task: TaskConfig = self.tasks[name]
         return {**task.model_dump(exclude_defaults=True), "path": self._path(task.path)}
 
-    def _path(self, name: str) -> str:
+    # --- what is read ---
+
+    def _path(self, name: str, digest: str | None = None) -> str:
         """A path of the stream's file as a stage's file has it; the name of what is no path (a hub id) as it is."""
         path = self.config.path(name)
-        return os.path.relpath(path.absolute(), self.here) if path.exists() else name
+        text = os.path.relpath(path.absolute(), self.here) if path.exists() else name
+        if text not in self.inputs and (digest or path.exists()):
+            self.inputs[text] = digest or _bytes(path)
+        return text
+
+    def _relative(self, value: Any, key: str = "") -> Any:
+        """Settings whose paths are those that a stage's file has, and whose functions can be imported."""
+        if isinstance(value, Mapping):
+            return {name: self._relative(each, name) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._relative(each, key) for each in value]
+        if isinstance(value, str) and key in ("function", "sync") and re.match(FUNCTION, value):
+            _, file = open_function(value, self.base, f"{key} {value!r}")
+            self.inputs[value] = f"{value}@{sha256_file(file)}"
+        return self._path(value) if isinstance(value, str) and key in PATHS and value not in WORDS else value
+
+
+@contextmanager
+def _told(recipe: Recipe) -> Iterator[None]:
+    """An error inside says whose settings are at fault."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"run {recipe.name!r}: {error}") from None
+    except (ValueError, OverflowError) as error:  # NaN, infinity or a number without end
+        raise InputError(f"run {recipe.name!r}: {str(error)[:200]}", remedy="give numbers that are finite") from None
 
 
 def draws(seed: int, stage: int, replay: Mapping[str, Any]) -> int:
@@ -306,13 +406,19 @@ def _replay(replay: Mapping[str, Any], first: bool) -> dict[str, Any]:
     return {"selector": "none"} if first or replay.get("selector") == "none" else {"selector": "inscl", **replay}
 
 
-def _relative(value: Any, path: Any, key: str = "") -> Any:
-    """Settings whose paths are replaced by those that a stage's file has."""
-    if isinstance(value, Mapping):
-        return {name: _relative(each, path, name) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_relative(each, path, key) for each in value]
-    return path(value) if isinstance(value, str) and key in PATHS else value
+def _bytes(path: Path) -> str:
+    """Hash of what a path names: a file, a manifest, or a model."""
+    if path.is_file():
+        return sha256_file(path)
+    provenance = path / "provenance.json"  # holds the hashes of a manifest's tables
+    return sha256_file(provenance) if provenance.is_file() else weights_hash(path)
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], Path], object]] = {
+    "build": lambda settings, base: BuildConfig.parse({**settings, "base": str(base)}, "build"),
+    "fisher": lambda settings, base: checked(FisherConfig, settings, "fisher"),
+    "eval": lambda settings, base: checked(EvalConfig, settings, "evaluation"),
+}
 
 
 def check(step: Step, base: Path) -> None:
@@ -321,11 +427,7 @@ def check(step: Step, base: Path) -> None:
     Raises:
         InputError: a key that it does not know, or a value that does not fit.
     """
-    if step.command == "build":
-        BuildConfig.parse({**step.settings, "base": str(base)}, "build")
-    elif step.command == "fisher":
-        checked(FisherConfig, step.settings, "fisher")
-    elif step.command == "eval":
-        checked(EvalConfig, step.settings, "evaluation")
+    if step.kind != "train":
+        CHECKS[step.kind](step.settings, base)
     else:
         parse(CONFIGS[step.command], step.settings, str(base), f"train ({step.command})")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -34,19 +37,25 @@ def workers_for(weights: int, wanted: int | None) -> int:
     if torch.accelerator.is_available():
         return 1
     each = BESIDE + weights // 2 * BYTES_A_WEIGHT
-    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-                      psutil.virtual_memory().available // each))  # fmt: skip
+    return max(1, min(cores(), psutil.virtual_memory().available // each))
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(
-    plan: Plan, stages: Collection[str], workers: int, begin: Callable[[Stage], None]
+    plan: Plan, stages: Collection[str], workers: int, threads: int, modules: Path, begin: Callable[[Stage], None]
 ) -> Iterator[tuple[Stage, float]]:
     """Carry out stages; yields each with its seconds when it is done.
 
     Args:
         plan: what they belong to.
         stages: folders of those that are not done.
-        workers: processes; each has its share of the cores.
+        workers: processes.
+        threads: of each, whatever is left to do: their number can decide a last bit.
+        modules: folder that the user's functions are imported from.
         begin: called when a stage is given to a process.
 
     Raises:
@@ -54,40 +63,61 @@ def in_order(
     """
     waiting = [s for s in plan.stages.values() if s.folder in stages]
     left = set(stages)
-    threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _prepare, (os.getpid(), threads)) as pool:
+    with ProcessPoolExecutor(workers, context, _prepare, (os.getpid(), threads, str(modules.absolute()))) as pool:
         running: dict[Future[float], Stage] = {}
         error: Exception | None = None
-        while waiting or running:
-            ready = [] if error else [s for s in waiting if not left & set(s.needs)]
-            for stage in ready[: workers - len(running)]:
-                waiting.remove(stage)
-                begin(stage)
-                commands = [step.command for step in stage.steps]
-                running[pool.submit(carry_out, str(plan.folder(stage.folder).absolute()), commands)] = stage
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage = running.pop(future)
-                try:
-                    took = future.result()
-                except BrokenProcessPool:
-                    error = InputError(
-                        f"{plan.folder(stage.folder)}: its process was ended from outside, perhaps for want of memory",
-                        remedy="workers=1, or a smaller batch; the same command goes on",
-                    )
-                except Exception as raised:
-                    error = error or raised
-                else:
-                    left.discard(stage.folder)
-                    yield stage, took
+        try:
+            while waiting or running:
+                ready = [] if error else [s for s in waiting if not left & set(s.needs)]
+                for stage in ready[: workers - len(running)]:
+                    waiting.remove(stage)
+                    begin(stage)
+                    steps = [(step.command, step.kind, step.leaves) for step in stage.ordered]
+                    with _unstoppable():  # a process that it starts inherits this
+                        future = pool.submit(carry_out, str(plan.folder(stage.folder).absolute()), steps)
+                    running[future] = stage
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    stage = running.pop(future)
+                    try:
+                        took = future.result()
+                    except BrokenProcessPool:
+                        error = InputError(
+                            f"{plan.folder(stage.folder)}: its process was ended from outside, perhaps for want of "
+                            "memory",
+                            remedy="workers=1, or a smaller batch; the same command goes on",
+                        )
+                    except Exception as raised:
+                        error = error or raised
+                    else:
+                        left.discard(stage.folder)
+                        yield stage, took
+        except BaseException:  # Ctrl-C: nobody waits for a stage's end
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
         if error:
             raise error
 
 
-def _prepare(parent: int, threads: int) -> None:
+@contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Inside, and in processes that are started inside, Ctrl-C does nothing: the first process alone answers it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _prepare(parent: int, threads: int, modules: str) -> None:
     """A process's share of the cores; and it ends with the one that started it, however that ends."""
+    sys.path.insert(0, modules)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

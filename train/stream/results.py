@@ -28,11 +28,12 @@ from curate.errors import InputError
 from train import metrics
 from train.evaluate import LEAST
 from train.stream.plan import Plan, Run
-from train.stream.stage import is_done, seconds
+from train.stream.stage import seconds
 
 FILE = "results.parquet"
 SCHEMA: dict[str, Any] = {
-    "run": pl.String, "kind": pl.String, "seed": pl.Int64, "settings": pl.String, "order": pl.String,
+    "run": pl.String, "arm": pl.String, "cell": pl.String, "kind": pl.String, "seed": pl.Int64,
+    "settings": pl.String, "order": pl.String,
     "selector": pl.String, "method": pl.String, "stage": pl.Int32, "task": pl.String, "folder": pl.String,
     "tasks": pl.List(pl.String), "scores": pl.List(pl.Float64), "items": pl.List(pl.Int64),
     "upper": pl.List(pl.Float64), "average_performance": pl.Float64, "backward_transfer": pl.Float64,
@@ -42,8 +43,8 @@ SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 """kind: run, single, joint. stage: 0 = before training; its own row for each run. tasks: in the order of training;
 scores, items and upper are of these, null = not measured. settings: what an arm or the grid changed, as JSON. Rows are
-those of the stage's manifest; tokens (padding is not counted) and steps are those of training. ACC, KGR and KRR are
-over the items of the tasks so far, against the model before training."""
+distinct ones that the stage was trained on; tokens (no padding, nothing that a model wrote) and steps likewise.
+ACC, KGR and KRR are over the items of the tasks so far, against the model before training."""
 Floats = NDArray[np.float64]
 
 
@@ -66,36 +67,36 @@ def uppers(plan: Plan) -> dict[str, float]:
     """Task → its score when it is trained alone, mean over seeds; tasks of which that is not known are missing."""
     found: dict[str, list[float]] = {}
     for run in plan.runs:
-        if run.kind == "single" and _done(plan, run.stages[0]):
-            found.setdefault(run.tasks[0], []).append(scores(plan.folder(run.stages[0]))[run.tasks[0]][0])
+        if run.kind == "single" and plan.done(run.stages[0]):
+            found.setdefault(run.tasks[0], []).append(scores(plan, run.stages[0])[run.tasks[0]][0])
     return {task: float(np.sort(values).mean()) for task, values in found.items()}
 
 
 def matrix(plan: Plan, run: Run, stages: int) -> Floats:
     """R [stages + 1, T] of a run, NaN where nothing was scored."""
-    folders = [run.start, *run.stages[:stages]]
-    found = [scores(plan.folder(name)) for name in folders]
+    found = [scores(plan, name) for name in (run.start, *run.stages[:stages])]
     return np.array([[each.get(task, (np.nan, 0))[0] for task in run.tasks] for each in found], np.float64)
 
 
 def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, Any]]:
-    if not _done(plan, run.start):
+    if not plan.done(run.start):
         return
     best = [upper.get(task) for task in run.tasks]
     done = 0
-    while done < len(run.stages) and _done(plan, run.stages[done]):
+    while done < len(run.stages) and plan.done(run.stages[done]):
         done += 1
     r, how = matrix(plan, run, done), run.recipe.how
     about = {
-        "run": run.name, "kind": run.kind, "seed": run.seed, "order": how.order, "method": how.method,
+        "run": run.name, "arm": run.recipe.arm, "cell": run.recipe.cell, "kind": run.kind, "seed": run.seed,
+        "order": how.order, "method": how.method,
         "settings": json.dumps(run.recipe.changes, sort_keys=True, ensure_ascii=False), "tasks": list(run.tasks),
         "selector": how.replay.get("selector", "inscl"), "upper": best,
     }  # fmt: skip
     for stage in range(done + 1):
         folder = (run.start, *run.stages)[stage]
-        scored = scores(plan.folder(folder))
+        scored = scores(plan, folder)
         yield about | {
-            "stage": stage, "task": run.tasks[stage - 1] if stage else None, "folder": folder,
+            "stage": stage, "task": run.tasks[stage - 1] if stage and run.kind != "joint" else None, "folder": folder,
             "scores": [scored[task][0] if task in scored else None for task in run.tasks],
             "items": [scored[task][1] if task in scored else None for task in run.tasks],
             **(_measured(r[: stage + 1], best) if stage and run.kind == "run" else _mean(r[stage], run.kind, best)),
@@ -105,9 +106,8 @@ def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, A
 
 def _trained(plan: Plan, run: Run, stage: int) -> dict[str, Any]:
     """What a stage's training cost, and which answers it won and lost."""
-    folder = plan.folder(run.stages[stage - 1])
     trained = run.tasks if run.kind == "joint" else run.tasks[:stage]
-    return _answers(plan.folder(run.start), folder, trained) | cost(folder)
+    return _answers(plan, run.start, run.stages[stage - 1], trained) | cost(plan.folder(run.stages[stage - 1]))
 
 
 def _measured(r: Floats, upper: Sequence[float | None]) -> dict[str, float | None]:
@@ -120,9 +120,9 @@ def _measured(r: Floats, upper: Sequence[float | None]) -> dict[str, float | Non
         found["forgetting"] = metrics.forgetting(np.where(np.isnan(known), -np.inf, known))
         transfer = metrics.forward_transfer(known)
         found["forward_transfer"] = None if np.isnan(transfer) else transfer
-        best = [value for value in upper[:n] if value is not None and value >= LEAST]
-        if len(best) == n:
-            found["relative_gain"] = float(metrics.relative_gain(known, best)[-1])
+        best = [value for value in upper[: n - 1] if value is not None and value >= LEAST]
+        if len(best) == n - 1:
+            found["relative_gain"] = float(metrics.relative_gain(known, [*best, 1.0])[-1])  # its own task has no part
     return found
 
 
@@ -136,11 +136,11 @@ def _mean(scores: Floats, kind: str, upper: Sequence[float | None]) -> dict[str,
 
 
 def cost(folder: Path) -> dict[str, Any]:
-    """Rows of a stage's manifest by origin, and steps and tokens of its training; nothing where these were removed."""
+    """Distinct rows that a stage was trained on, by origin; its steps and tokens. Nothing where these were removed."""
     found: dict[str, Any] = {}
     with suppress(OSError, pl.exceptions.PolarsError):
-        origins = pl.read_parquet(folder / "manifest/samples.parquet", columns=["origin"])["origin"]
-        found = {name: int((origins == name).sum()) for name in ("current", "replay", "augmented")}
+        seen = pl.read_parquet(folder / "train/lineage.parquet", columns=["uid", "task", "origin"]).unique()
+        found = {name: int((seen["origin"] == name).sum()) for name in ("current", "replay", "augmented")}
     with suppress(OSError, ValueError, IndexError):
         last = json.loads((folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         found |= {"steps": last.get("step"), "tokens": last.get("tokens")}
@@ -148,54 +148,50 @@ def cost(folder: Path) -> dict[str, Any]:
 
 
 def times(plan: Plan, run: Run) -> dict[str, float] | None:
-    """Seconds of a run by command, each stage counted though others share it; None where one was done by hand."""
+    """Seconds of a run by kind of command, each stage counted though others share it; None: one was done by hand."""
     found: dict[str, float] = {}
     for name in run.stages:
         took = seconds(plan.folder(name))
-        if "eval" not in took:
-            return None
-        for command, value in took.items():
-            found[command] = found.get(command, 0.0) + value
+        for step in plan.stages[name].ordered:
+            if (value := took.get(str(step.settings["out"]))) is None:
+                return None
+            found[step.kind] = found.get(step.kind, 0.0) + value
     return found
 
 
-def _done(plan: Plan, folder: str) -> bool:
-    return is_done(plan.folder(folder), plan.stages[folder].kind)
-
-
-def scores(folder: Path) -> dict[str, tuple[float, int]]:
-    """Task → (mean score of the stage's model, items)."""
+def scores(plan: Plan, name: str) -> dict[str, tuple[float, int]]:
+    """Task → (mean score of a stage's model, items)."""
     found = {}
-    for (task,), part in _items(folder).group_by("task"):
+    for (task,), part in _items(plan, name).group_by("task"):
         values = np.sort(part["score"].to_numpy())  # sorted: the order of rows has no effect on the last bit
         found[str(task)] = float(values.mean()), len(values)
     return found
 
 
-def _answers(before: Path, after: Path, tasks: Sequence[str]) -> dict[str, Any]:
+def _answers(plan: Plan, before: str, after: str, tasks: Sequence[str]) -> dict[str, Any]:
     """ACC, and KGR and KRR against the first model, over the items of tasks that a stage scores."""
-    both = _items(after).filter(pl.col("task").is_in(tasks)).join(_items(before), on=["task", "uid"])
+    both = _items(plan, after).filter(pl.col("task").is_in(tasks)).join(_items(plan, before), on=["task", "uid"])
     was, now = (both[name].to_numpy() for name in ("correct_right", "correct"))
     found = {"ACC": float(now.mean()) if len(now) else math.nan, "KGR": metrics.knowledge_gain_ratio(was, now),
              "KRR": metrics.knowledge_retention_ratio(was, now)}  # fmt: skip
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
-def _items(folder: Path) -> pl.DataFrame:
+def _items(plan: Plan, name: str) -> pl.DataFrame:
     """Every item that a stage's model was scored on: task, uid, score, correct."""
-    file = folder / "eval/items.parquet"
-    return _read_items(folder, file.stat().st_mtime_ns if file.is_file() else 0)
+    file = plan.folder(name) / plan.stages[name].scores / "items.parquet"
+    return _read_items(file, file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 @lru_cache(maxsize=4096)
-def _read_items(folder: Path, _: int) -> pl.DataFrame:
+def _read_items(file: Path, _: int) -> pl.DataFrame:
     columns = ["checkpoint", "task", "uid", "score", "correct"]
     try:
-        items = pl.read_parquet(folder / "eval/items.parquet", columns=columns)
+        items = pl.read_parquet(file, columns=columns)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(
-            f"{folder / 'eval/items.parquet'}: cannot be read: {str(error)[:200]}",
-            remedy="remove the folder `eval` there; the same command scores the stage again",
+            f"{file}: cannot be read: {str(error)[:200]}",
+            remedy=f"remove the folder {file.parent.name} there; the same command scores the stage again",
         ) from None
     return items.filter(pl.col("checkpoint") == pl.col("checkpoint").max()).drop("checkpoint")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from train.folder import LOCK, alone, refuse_foreign
 from train.stream import page, pool, results
 from train.stream.config import StreamConfig
 from train.stream.plan import CACHE, STAGES, Plan, Stage, plan
-from train.stream.stage import is_done, write_files
+from train.stream.stage import write_files
 
 OWN = (STAGES, CACHE, results.FILE, f".{results.FILE}", page.FILE, f".{page.FILE}.*", page.CURVES, f".{page.CURVES}",
        LOCK)  # fmt: skip
@@ -77,20 +78,50 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
             _remove(made, stage, len(config.tasks), screen)
         for each in made.stages.values():
             write_files(made, each)
-        left = {s.folder for s in made.stages.values() if not is_done(made.folder(s.folder), s.kind)}
+        left = {name for name in made.stages if not made.done(name)}
         folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
-        workers = min(max(1, len(left)), pool.workers_for(pool.bytes_of(folder), config.workers))
+        allowed = pool.workers_for(pool.bytes_of(folder), config.workers)
+        threads = config.threads or (max(1, pool.cores() // config.workers) if config.workers else 1)
+        workers = min(max(1, len(left)), allowed)
         screen.begin(len(made.stages), len(made.stages) - len(left), workers)
+        stages = pool.in_order(made, left, workers, threads, Path(config.base), screen.start) if left else ()
         try:
-            for done, took in pool.in_order(made, left, workers, screen.start) if left else ():
+            for done, took in stages:
                 screen.finish(done, took, _scores(made, done))
-        finally:
+        except Exception:
             screen.end()
-            table = results.collect(made)
-            if table.height:
-                results.write(made, table)
-                page.write(made, table, config)
+            with suppress(Exception):  # the stage's own error is what there is to say
+                _publish(made, config)
+            raise
+        screen.end()
+        return _publish(made, config)
+
+
+def _publish(made: Plan, config: StreamConfig) -> pl.DataFrame:
+    """The table and the page of what is done."""
+    table = results.collect(made)
+    try:
+        results.write(made, table)
+        page.write(made, table, config)
+    except OSError as error:
+        raise InputError(
+            f"{made.out}: the table or the page cannot be written: {error.strerror or error}",
+            remedy="make room, or move away what is in their place; the stages are done",
+        ) from None
     return table
+
+
+def by_hand(config: StreamConfig) -> Plan:
+    """Write the files of all stages and begin none; returns the plan.
+
+    Raises:
+        InputError: as `stream`.
+    """
+    made = prepared(config)
+    with alone(made.out):
+        for each in made.stages.values():
+            write_files(made, each)
+    return made
 
 
 def prepared(config: StreamConfig) -> Plan:
@@ -101,6 +132,10 @@ def prepared(config: StreamConfig) -> Plan:
     """
     inputs = [config.path(task.path) for task in config.tasks] + [config.path(config.model)]
     refuse_foreign(Path(config.out), OWN, [path for path in inputs if path.exists()])
+    out = Path(config.out).resolve()
+    if inside := next((path for path in inputs if path.is_dir() and path.resolve() in (out, *out.parents)
+                       and path.resolve() != Path.cwd()), None):  # fmt: skip
+        raise InputError(f"out {config.out}: inside {inside}, which is read", remedy="choose another folder")
     return plan(config)
 
 
@@ -109,7 +144,10 @@ def _remove(made: Plan, stage: int, tasks: int, screen: Screen) -> None:
     if not 1 <= stage <= tasks:
         raise InputError(f"--stage {stage}: there are stages 1 to {tasks}")
     again = {name for run in made.runs if run.kind == "run" for name in run.stages[stage - 1 :]}
-    there = sorted(name for name in again if made.folder(name).is_dir())
+    there = [name for name in reversed(made.stages) if name in again and made.folder(name).is_dir()]
+    for name in there:  # the last ones first, and what says that they are done before all else: a kill leaves no half
+        for step in reversed(made.stages[name].ordered):
+            (made.folder(name) / step.leaves).unlink(missing_ok=True) if step.kind != "train" else None
     for name in there:
         shutil.rmtree(made.folder(name))
     screen.note(f"{len(there)} stages from the {stage}. on are removed and made again")
@@ -119,7 +157,8 @@ def _scores(made: Plan, stage: Stage) -> str:
     """What a line says of a stage that is done: the mean score of its own task, and of all that were scored."""
     if stage.kind == "held_out":
         return ""
-    found = results.scores(made.folder(stage.folder))
+    found = results.scores(made, stage.folder)
     mean = sum(value for value, _ in found.values()) / len(found)
-    own = f"{found[stage.task][0]:.3f} here, " if stage.kind == "stage" and stage.task in found else ""
+    task = stage.tasks[-1] if stage.kind == "stage" else ""
+    own = f"{found[task][0]:.3f} here, " if task in found else ""
     return f"{own}{mean:.3f} over {len(found)} tasks" if len(found) > 1 else f"{mean:.3f}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Iterator
 
 import polars as pl
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from curate.manifest.markdown import printable
 from train.stream.plan import Plan, Stage
 from train.stream.results import ends, spread
 
@@ -87,13 +90,13 @@ def ends_table(table: pl.DataFrame) -> Table:
     for name in ("rows replayed", "seeds"):
         found.add_column(name, justify="right")
     last = ends(table)
-    replayed = table.filter(kind="run").group_by("run", "seed").agg(pl.col("replay").sum())
     for name in last["run"].unique(maintain_order=True):
         part = last.filter(run=name)
-        counts = replayed.filter(run=name)["replay"].to_list()
-        rows = sum(counts) / len(counts)
+        mine = table.filter(pl.col("run") == name, pl.col("kind") == "run", pl.col("stage") > 0,
+                            pl.col("seed").is_in(part["seed"].implode()))  # fmt: skip
+        rows = "–" if mine["replay"].null_count() else f"{mine['replay'].sum() / part.height:,.0f}"
         cells = [_cell(part[column].drop_nulls().to_list(), digits) for column, _, digits in columns]
-        found.add_row(Text(name), *cells, f"{rows:,.0f}", str(part.height))
+        found.add_row(Text(printable(name)), *cells, rows, str(part.height))
     return found
 
 
@@ -104,12 +107,18 @@ def _cell(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
 
-def by_hand(plan: Plan) -> Table:
-    """Every stage with its folder, what it goes on from, and its commands."""
-    found = Table(title="stages, each in its own folder under stages/; the commands are run there", title_style="bold")
-    for name in ("folder", "goes on from", "commands"):
-        found.add_column(name, overflow="fold")
-    for stage in plan.stages.values():
-        needs = "\n".join(name for name in stage.needs if plan.stages[name].kind != "held_out")
-        found.add_row(stage.folder, needs, "\n".join(step.by_hand for step in stage.steps))
-    return found
+def commands(plan: Plan) -> Iterator[str]:
+    """Lines for a shell that carry out every stage, in an order in which each finds what it needs."""
+    through: dict[str, list[str]] = {}
+    for run in plan.runs:
+        for name in run.stages:
+            through.setdefault(name, []).append(f"{printable(run.name)}, seed {run.seed}")
+    for name, stage in plan.stages.items():
+        users = through.get(name, [])
+        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+        yield f"# {printable(stage.title)}" + (f" · {'; '.join(users[:3])}{more}" if users else "")
+        if needs := [need for need in stage.needs if need in plan.stages]:
+            yield f"# behind {', '.join(needs)}"
+        yield f"cd {shlex.quote(str(plan.folder(name).absolute()))}"
+        yield from (step.by_hand for step in stage.ordered)
+        yield ""
