@@ -73,9 +73,9 @@ def tasks(folder: Path, part: str) -> list[dict[str, str]]:
 def before(folder: Path, start: str, seed: int) -> Path:
     """The model that answers rightly now and then; and the manifest that all are scored on."""
     everything = {"selector": "random", "ratio": 1000}
+    for part in ("warm", "test"):
+        build({"tasks": tasks(folder, part), "replay": everything, "seed": seed, "out": str(folder / part)})
     if not (folder / "start/model").is_dir():
-        for part in ("warm", "test"):
-            build({"tasks": tasks(folder, part), "replay": everything, "seed": seed, "out": str(folder / part)})
         words = [f"model={start}", f"data={folder / 'warm'}", f"out={folder / 'start'}", f"seed={seed}",
                  "num_train_epochs=2", "learning_rate=3e-4", "per_device_train_batch_size=16",
                  "save_strategy=no"]  # fmt: skip
@@ -112,7 +112,7 @@ def main() -> None:
             },
             "evaluation": {"data": str(folder / "test"), "metric": "exact", "max_new_tokens": 6, "batch_size": 64,
                            "every_task": True},
-            "bounds": {"single": False, "joint": False}, "workers": args.workers,
+            "bounds": {"none": False, "single": False, "joint": False}, "workers": args.workers,
             "arms": {arm: ARMS[arm] for arm in args.arms.split(",")}, "out": str(folder / "stream"),
         }  # fmt: skip
         made = stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True)))

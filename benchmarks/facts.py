@@ -45,8 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "CFT + KL 0.1": {"train.kl.weight": 0.1},
     "CFT + KL 1": {"train.kl.weight": 1.0},
     "PBL": PBL,
-    "PBL, no preference terms": {**PBL, "train.alpha": 0.0, "train.beta": 0.0},
-    "PBL, literal": {**PBL, "train.negative": "literal"},
+    "PBL without preference terms": {**PBL, "train.alpha": 0.0, "train.beta": 0.0},
+    "PBL literal": {**PBL, "train.negative": "literal"},
     "CFT + replay": {"replay": {"selector": "random", "per_task": 8}},
 }
 
@@ -76,15 +76,14 @@ def tasks(folder: Path, part: str) -> list[dict[str, str]]:
 
 def known(folder: Path, seed: int, epochs: int) -> Path:
     """The model that knows the old answers."""
-    out = folder / "knows"
+    out, everything = folder / f"knows-{epochs}", {"selector": "random", "ratio": 1000}
+    for part in ("known", "now"):
+        build({"tasks": tasks(folder, part), "replay": everything, "out": str(folder / part)})
     if not (out / "model").is_dir():
-        everything = {"selector": "random", "ratio": 1000}
-        build({"tasks": tasks(folder, "known"), "replay": everything, "out": str(folder / "known")})
         words = [f"model={ROOT / 'examples/starter'}", f"data={folder / 'known'}", f"out={out}", f"seed={seed}",
                  f"num_train_epochs={epochs}", "learning_rate=1e-3", "per_device_train_batch_size=16",
                  "lr_scheduler_type=linear", "save_strategy=no"]  # fmt: skip
         run("cft", *load(CftConfig, None, words), quiet=True)
-        build({"tasks": tasks(folder, "now"), "replay": everything, "out": str(folder / "now")})
     return out / "model"
 
 
@@ -109,7 +108,7 @@ def main() -> None:
             "train": {"learning_rate": args.rate, "num_train_epochs": 6, "per_device_train_batch_size": 8,
                       "lr_scheduler_type": "linear", "save_strategy": "no"},
             "evaluation": {"data": str(folder / "now"), "metric": "contains", "max_new_tokens": 16, "batch_size": 64},
-            "bounds": {"single": False, "joint": False}, "workers": args.workers,
+            "bounds": {"none": False, "single": False, "joint": False}, "workers": args.workers,
             "arms": {name: ARMS[name] for name in args.arms.split(",")}, "out": str(folder / "stream"),
         }  # fmt: skip
         tables.append(stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True))))

@@ -139,7 +139,7 @@ def main() -> None:
                       "learning_rate": 3e-4, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
             "evaluation": {"data": str(folder / f"{side}-rows"), "metric": "ranking_change", "batch_size": 64,
                            "per_task": HELD_OUT, "every_task": True},
-            "bounds": {"single": False, "joint": False}, "workers": args.workers,
+            "bounds": {"none": False, "single": False, "joint": False}, "workers": args.workers,
             "arms": {arm: ARMS[arm] for arm in args.arms.split(",")}, "out": str(folder / "stream"),
         }  # fmt: skip
         tables.append(stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True))))

@@ -112,8 +112,11 @@ def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None
 
 def _difference(table: pl.DataFrame, name: str, other: str) -> str:
     """Beside the run of the other selector with the same grid."""
-    against = " · ".join([other, *name.split(" · ")[1:]])
-    if name == against or not ends(table).filter(run=against).height:
+    cell = name.split(" · ")[1:]
+    there = ends(table)["run"].to_list()
+    names = (" · ".join([other, *cell]), other, {"none": "CFT", "random": "CFT + replay"}[other])
+    against = next((each for each in names if each in there), "")
+    if name == against or not against:
         return "–"
     found = difference(table, name, against)
     if found is None:
