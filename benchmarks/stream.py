@@ -84,6 +84,35 @@ def covered(table: pl.DataFrame, name: str, stages: Path) -> str:
     return f"{sum(found) / len(found):.0f} of {older}"
 
 
+def dose(table: pl.DataFrame, stages: Path) -> None:
+    """The final score of an older task's instruction by how many of its rows came back over the whole run."""
+    (held,) = stages.glob("held-out-*")
+    asked = pl.read_parquet(held / "manifest/samples.parquet", columns=["uid", "task", "instruction"])
+    found = []
+    for name, seed in ends(table).select("run", "seed").iter_rows():
+        mine = table.filter(pl.col("run") == name, pl.col("kind") == "run", pl.col("seed") == seed, pl.col("stage") > 1)
+        replayed = pl.concat(
+            pl.read_parquet(stages / f / "manifest/samples.parquet", columns=["task", "instruction", "origin"])
+            for f in mine["folder"]
+        ).filter(pl.col("origin") == "replay").group_by("task", "instruction").len("rows")  # fmt: skip
+        last = stages / mine.sort("stage")["folder"][-1]
+        items = pl.read_parquet(next(last.glob("eval*/items.parquet"))).filter(pl.col("task") != mine["tasks"][0][-1])
+        scores = items.join(asked, on=["uid", "task"]).group_by("task", "instruction").agg(pl.col("score").mean())
+        found.append(scores.join(replayed, on=["task", "instruction"], how="left").with_columns(
+            pl.col("rows").fill_null(0), run=pl.lit(name)))  # fmt: skip
+    every = pl.concat(found)
+    print("\n| rows of an instruction that came back | instructions | its score at the end | …of them by InsCL |")
+    print("| --- | --- | --- | --- |")
+    for low, high in ((0, 0), (1, 1), (2, 2), (3, 4), (5, 99)):
+        some = every.filter(pl.col("rows").is_between(low, high))
+        if some.height:
+            scores = some["score"].to_list()
+            n = some.filter(run="inscl").height
+            error = spread(scores)[1] / len(scores) ** 0.5
+            shown = f"{low}" if low == high else f"{low} to {high}" if high < 99 else f"{low} and more"
+            print(f"| {shown} | {some.height} | {spread(scores)[0]:.3f} ± {error:.3f} | {n} |")
+
+
 def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None:
     """A part's table in Markdown: how its runs ended, and what they have more than random replay."""
     names = table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
@@ -150,6 +179,8 @@ def main() -> None:
         seeds = list(range(args.seeds or (5 if part == "main" else 3)))
         table = stream(config(part, seeds, data, args.out, args.workers, tasks), screen=Terminal(Console(stderr=True)))
         show(part, table, seeds, args.out / "stages")
+        if part in ("main", "selectors", "budgets"):
+            dose(table, args.out / "stages")
 
 
 if __name__ == "__main__":
