@@ -24,7 +24,7 @@ WORDS = ["train.max_steps=6", "train.save_steps=2", "evaluation.per_task=8", "--
 
 def command(out: Path, words: list[str]) -> list[str]:
     """The command line of the stream."""
-    config = str(ROOT / "examples/stream/config.yaml")
+    config = str(ROOT / "examples/stream.yaml")
     return [sys.executable, "-m", "train.cli", "stream", "--config", config, f"out={out}", *WORDS, *words]
 
 
@@ -60,7 +60,7 @@ def main() -> None:
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
             process.wait()
-            done = len(list(cut.glob("stages/*/eval/metrics.json")))
+            done = len(list(cut.glob("stages/*/eval-*/metrics.json")))
             print(f"kill {kill + 1}: {'it had ended' if ended else f'after {time.time() - began:.1f} s'}, "
                   f"{done} stages scored", flush=True)  # fmt: skip
         subprocess.run(command(cut, args.words), check=True, cwd=ROOT)

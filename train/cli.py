@@ -157,7 +157,7 @@ def stream(
 
     Writes results.parquet, stream.html and a folder a stage. What is done stays: the same command goes on.
 
-    Example: train stream --config examples/stream/config.yaml out=runs/stream 'seeds=\[0,1,2]'
+    Example: train stream --config examples/stream.yaml out=runs/stream 'seeds=\[0,1,2]'
     """
     with _errors():
         from rich.console import Console

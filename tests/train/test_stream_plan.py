@@ -291,7 +291,7 @@ def test_tasks_that_leak_or_are_cut(base):
 def test_the_shipped_example_is_a_stream(tmp_path):
     from train.stream.config import StreamConfig
 
-    file = STARTER.parent / "stream/config.yaml"
+    file = STARTER.parent / "stream.yaml"
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
     made = plan(checked(StreamConfig, {**data, "base": str(file.parent), "out": str(tmp_path / "out")}))
     assert {run.name for run in runs(made)} >= {"none", "random", "inscl"}

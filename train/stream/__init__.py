@@ -6,9 +6,12 @@
     pool.py      the stages of a plan in several processes, as many as memory allows
     results.py   the table: a row a run and stage, with R and its metrics
     page.py      the page: who forgets what, by how much runs differ, what they cost
+    screen.py    what a person sees meanwhile; the commands by hand
+    run.py       all of it
 
 A stage is a folder with the configs of the four commands and their results beside them, and its inputs are the folders
-of the stage before; so it can be run by hand, elsewhere, and the stream finds it done.
+of the stage before; so it can be run by hand, elsewhere, and the stream finds it done. This is the one room of `train`
+that calls `curate.build` and borrows the parts of its page.
 """
 
 from train.stream.config import StreamConfig
