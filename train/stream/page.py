@@ -18,6 +18,7 @@ from curate.files import replace_text
 from curate.report.page import shell
 from curate.report.parts import Plot, Section, Table, label, plural, short
 from curate.report.plots import height, names_axis
+from train.evaluate import LEAST
 from train.plots import curves
 from train.stream import results
 from train.stream.config import StreamConfig
@@ -112,8 +113,8 @@ def _sentences(table: pl.DataFrame, names: list[str], against: dict[str, str], t
                        if low > 0 or high < 0 else
                        f"“{short(name)}” and “{short(other)}” cannot be told apart by these seeds")  # fmt: skip
             says.append(f"{verdict}: {shown} (95 %, {plural(found['pairs'], 'seed')}).")
-    if measure != "relative_gain" and table["upper"].explode().drop_nulls().len():
-        says.append("No relative gain: a task that is trained alone scores 0, and nothing can be divided by that.")
+    if (table["upper"].explode() < LEAST).any():
+        says.append("A task that is trained alone scores 0: from the stage behind it on there is no relative gain.")
     if through < every:
         says.append(f"{every - through} of {plural(every, 'run')} are not through; they are shown as far as they are.")
     return says

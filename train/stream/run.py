@@ -89,11 +89,11 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
             for done, took in stages:
                 screen.finish(done, took, _scores(made, done))
         except Exception:
-            screen.end()
             with suppress(Exception):  # the stage's own error is what there is to say
                 _publish(made, config)
             raise
-        screen.end()
+        finally:  # Ctrl-C too: no live line stays
+            screen.end()
         return _publish(made, config)
 
 
