@@ -14,6 +14,7 @@ import polars as pl
 
 from curate.manifest.check_policy import POLICY_RULES, buckets, tokens
 from curate.manifest.io import Manifest, hash_faults, of_this_version, read_provenance, tables_of, validate
+from curate.manifest.remote import local, named
 from curate.manifest.schema import TABLES, ManifestError, completion_uid, instruction_uid, sample_uid
 
 Rule = Callable[[Manifest], Iterator[str]]
@@ -22,12 +23,16 @@ LEFT_OUT = ("sample", "tags", "rollout")  # steps of drops that leave out a row 
 
 
 def check(folder: str | os.PathLike[str]) -> list[str]:
-    """Faults of a manifest folder; an empty list means that it is sound.
+    """Faults of a manifest folder, or of a manifest at a URL; an empty list means that it is sound.
 
     Looks at the schema, the file hashes, every uid, the quotas, the order of the stream, lineage, InsInfo, and that
     every source row is either in samples or in drops. Raises ManifestError only where there is no manifest at all.
     """
-    folder = Path(folder)
+    with local(folder) as path:
+        return [named(fault, path, folder) for fault in _faults(path)]
+
+
+def _faults(folder: Path) -> list[str]:
     provenance = read_provenance(folder)
     faults = hash_faults(folder, provenance)
     frames: dict[str, pl.DataFrame] = {}

@@ -19,9 +19,10 @@ from typing import Any
 import polars as pl
 
 from curate.manifest import show
+from curate.manifest.remote import PROVENANCE as PROVENANCE
+from curate.manifest.remote import local
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError, Table
 
-PROVENANCE = "provenance.json"
 CARD = "README.md"
 REPORT = "report.html"  # a view of the manifest, no part of it: made after it, and not hashed
 STAGING = ".staging"
@@ -94,13 +95,17 @@ def read(folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
     """Read and validate a manifest.
 
     Args:
-        folder: what `curate build` wrote.
+        folder: what `curate build` wrote; or its URL, and a local copy is read.
         verify: compare every file with its SHA-256 in the provenance (a hand-edited table is refused).
 
     Raises:
         ManifestError: not a manifest, unfinished, of a newer schema, edited, or against the schema.
     """
-    folder = Path(folder)
+    with local(folder) as path:
+        return _read(path, verify)
+
+
+def _read(folder: Path, verify: bool) -> Manifest:
     provenance = read_provenance(folder)
     if verify and (faults := hash_faults(folder, provenance)):
         raise ManifestError("\n".join(faults))
