@@ -44,6 +44,7 @@ from curate.readers import SourceId, identify, time_blocks
 from curate.report import is_current, write_report
 from curate.sample import SELECTORS
 from curate.screen import Advance, Screen, Silent
+from curate.storage import Place
 from curate.store import Store, key_of
 from curate.vocabulary import VERSION as TAGS_VERSION
 from curate.vocabulary import phrases_of, score, tag
@@ -79,13 +80,18 @@ class Build:
     def __init__(self, config: BuildConfig, screen: Screen) -> None:
         self.config, self.screen = config, screen
         self.base = Path(config.base)
-        self.out = Path(config.out)
+        self.place = Place(config.out)
+        self.out = self.place.folder
         self.store = Store(config.cache_dir)
         self.selector = SELECTORS[config.replay.selector]
         self._current: Side | None = None
 
     def run(self, page: bool = True) -> Manifest:
         """All stages; the manifest is published at the very end, and its page behind it."""
+        with self.place.claimed({task.name: task.path for task in self.config.tasks}, self.screen.note):
+            return self._run(page)
+
+    def _run(self, page: bool) -> Manifest:
         sources = self.sources()
         self.check_models()
         places = {task.name: self.base / task.path for task in self.config.tasks}
@@ -98,6 +104,7 @@ class Build:
             manifest = self.publish(tasks, sources, asked, key, made, work)
             if page:
                 self.report(manifest)
+            self.upload()
             return manifest
 
     def check_models(self) -> None:
@@ -424,7 +431,7 @@ class Build:
             facts["tagging"] = usage(n, n_in, n_out, config)
         key = key_of("manifest", MANIFEST_VERSION, SCHEMA_VERSION, sample_key, facts)
         if (manifest := self._published(key, facts)) is not None:
-            self.screen.cached("manifest", str(self.out))
+            self.screen.cached("manifest", self.place.shown)
         else:
             with self.screen.stage("manifest", None, "rows") as advance:
                 if self.needs(tasks) & {"distance", "vectors"}:
@@ -447,6 +454,12 @@ class Build:
         with self.screen.stage("report", None, "rows") as advance:
             write_report(manifest)
             advance(manifest.samples.height)
+
+    def upload(self) -> None:
+        """Stage upload, where `out` is a URL: what does not lie there yet."""
+        if self.place.remote is not None:
+            with self.screen.stage("upload", None, "files") as advance:
+                advance(self.place.publish())
 
     def map(self, tasks: list[TaskRows]) -> tuple[pl.DataFrame, list[float]]:
         """Each instruction's place on the map of the stream, and the share of the variance that both axes hold."""

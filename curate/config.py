@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from curate.settings import FUNCTION, Section, checked, read_settings
 
@@ -24,6 +24,18 @@ Selector = Literal[
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
 MAX_NAME = 100
+
+
+def _without_secrets(place: str) -> str:
+    if "://" in place:
+        from curate.manifest.remote import refuse_secrets  # with polars, which a config alone does not need
+
+        refuse_secrets(place)
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_secrets)]
+"""A path, or a URL of object storage without a secret in it."""
 
 
 class Columns(Section):
@@ -49,7 +61,10 @@ class TaskConfig(Section):
     """One task of the stream."""
 
     name: str = Field(description="unique in the stream; letters, digits, space and . _ + -")
-    path: str = Field(description="JSONL(.gz), JSON, Parquet, CSV(.gz), a `datasets` folder, or a hub id owner/name")
+    path: Place = Field(
+        description="JSONL(.gz), JSON, Parquet, CSV(.gz), a `datasets` folder, a hub id owner/name, or a URL of a "
+        "file or folder: s3://, gs://, hf://"
+    )
     format: Format | None = Field(None, description="layout of a row; may be left out where `columns` tells it")
     columns: Columns = Field(Columns.model_validate({}), description="column map, where names differ from the format's")
     split: str | None = Field(None, description="keep only rows of this split")
@@ -231,7 +246,7 @@ class EmbedConfig(Section):
     pooling: Literal["input_embeddings", "hidden_states"] = Field(
         "input_embeddings", description="lm only: InsCL averages the input embeddings"
     )
-    path: str | None = Field(None, description="precomputed only: Parquet with columns text and embedding")
+    path: Place | None = Field(None, description="precomputed only: Parquet with columns text and embedding")
     batch_size: int = Field(64, gt=0, description="texts a forward pass")
     device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
 
@@ -325,7 +340,7 @@ class BucketsConfig(Section):
         description="what a rollout is standardised over: its task, the whole set, or its rollout batch (prompts of "
         "like length, `rollouts.block` of them); of the prompts that are in the set",
     )
-    overrides: str | None = Field(
+    overrides: Place | None = Field(
         None, description='JSON lines {"uid": COMPLETION, "bucket": …, "note": …}: buckets that a person gave'
     )
 
@@ -405,9 +420,23 @@ class BuildConfig(Section):
     buckets: BucketsConfig = Field(BucketsConfig.model_validate({}), description="five classes of rollouts")
     candidates: CandidatesConfig = Field(CandidatesConfig.model_validate({}), description="ranked sets and sides")
     augment: AugmentConfig | None = Field(None, description="self-distilled augmentation; null = none")
-    out: str = Field("runs/replay", description="folder of the manifest, relative to the working directory")
-    cache: str | None = Field(None, description="folder of stage results; by default .curate-cache beside `out`")
+    out: Place = Field(
+        "runs/replay",
+        description="folder of the manifest, relative to the working directory; or a URL: s3://, gs://, hf://",
+    )
+    cache: str | None = Field(
+        None,
+        description="folder of stage results; by default .curate-cache beside `out` (in the working directory where "
+        "`out` is a URL)",
+    )
     base: str = Field(".", exclude=True, description="folder that task paths are relative to; set by load()")
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_is_a_folder(cls, cache: str | None) -> str | None:
+        if cache is not None and "://" in cache:
+            raise ValueError("a folder of this machine or of a shared file system, not a URL")
+        return cache
 
     @model_validator(mode="after")
     def _names_unique(self) -> BuildConfig:
@@ -459,11 +488,15 @@ class BuildConfig(Section):
     @property
     def cache_dir(self) -> Path:
         """Where stage results are kept: shared by all runs of one folder."""
-        return Path(self.cache) if self.cache else Path(self.out).absolute().parent / ".curate-cache"
+        if self.cache:
+            return Path(self.cache)
+        return (Path.cwd() if "://" in self.out else Path(self.out).absolute().parent) / ".curate-cache"
 
     def resolve(self, path: str) -> Path:
-        """A path of the configuration file as a path of this process."""
-        return Path(self.base) / path
+        """A path of the configuration file as a path of this process; of a URL the local copy."""
+        from curate.storage import located
+
+        return located(Path(self.base), path)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> BuildConfig:

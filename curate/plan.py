@@ -63,7 +63,7 @@ def _last(build: Build, rows: int, asked: int | None, drawn: bool | None, curren
     size = f"{rows:,} rows" if asked is None else f"{asked:,} of {rows:,} rows"
     return [Step("sample", 1, int(bool(drawn)), size, 0.0 if drawn else rows / ROWS_A_SECOND / 10),
             *_policy(build, asked, current),
-            Step("manifest", 1, None, str(build.out), rows / ROWS_A_SECOND)]  # fmt: skip
+            Step("manifest", 1, None, build.place.shown, rows / ROWS_A_SECOND)]  # fmt: skip
 
 
 def _policy(build: Build, asked: int | None, current: int) -> list[Step]:

@@ -160,7 +160,8 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     given = error.get("input")
     if place.endswith("api_key_env"):
         return f"{place}: give the NAME of an environment variable; what was given is not shown, it may be a key"
-    shown = f" (given: {repr(given)[:100]})" if isinstance(given, str | int | float | bool) else ""
+    plain = isinstance(given, str | int | float | bool) and "://" not in str(given)  # a URL may hold a secret
+    shown = f" (given: {repr(given)[:100]})" if plain else ""
     return f"{place}: {message}{shown}" if place else message
 
 

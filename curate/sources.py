@@ -97,6 +97,10 @@ def locate(shown: str, base: Path) -> tuple[str, Path]:
 
 def _place(shown: str, base: Path) -> tuple[str, Path]:
     path = base / Path(shown).expanduser()
+    if "://" in shown:
+        from curate.storage import located  # with polars, which plain files do not need
+
+        path = located(base, shown)
     kind = file_kind(shown)
     if path.is_dir():
         return "folder", path

@@ -19,6 +19,7 @@ from curate.config import EmbedConfig
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.models.weights import architectures, model_folder, quiet, weights_hash
+from curate.storage import located
 
 Vectors = NDArray[np.float32]
 
@@ -41,7 +42,7 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
         InputError: the model or the file cannot be used (before any text is embedded).
     """
     if config.backend == "precomputed":
-        return Precomputed(base / str(config.path))
+        return Precomputed(located(base, str(config.path)))
     folder, name = model_folder(config.model, base, whole=True)
     if config.backend == "lm":
         return LanguageModel(folder, name, config)
