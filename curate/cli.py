@@ -30,6 +30,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides by dotted path: replay.budget=400")
 ]
+RUN = "folder of a manifest, or its URL"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 
@@ -85,7 +86,7 @@ def build(
             return
         manifest = job.run()
         summary = {
-            "manifest": str(job.out),
+            "manifest": job.place.shown,
             "tasks": manifest.tasks.to_dicts(),
             "samples": manifest.samples.height,
             "replay": (manifest.samples["origin"] == "replay").sum(),
@@ -96,32 +97,30 @@ def build(
         if not as_json and (table := policy_table(manifest)) is not None:
             _print(table, {}, quiet, as_json)
         if not (quiet or as_json):
-            Console().print(f"manifest: [bold]{escape(str(job.out))}[/]", soft_wrap=True)
-            Console().print(f"page: [bold]{escape(str(job.out / 'report.html'))}[/]", soft_wrap=True)
+            Console().print(f"manifest: [bold]{escape(job.place.shown)}[/]", soft_wrap=True)
+            Console().print(f"page: [bold]{escape(job.place.shown)}/report.html[/]", soft_wrap=True)
 
 
 @app.command()
-def check(
-    run: Annotated[Path, typer.Argument(help="folder of a manifest")], quiet: Quiet = False, as_json: AsJson = False
-) -> None:
+def check(run: Annotated[str, typer.Argument(help=RUN)], quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Validate a manifest: schema, hashes, uids, quotas, lineage, scores. Says exactly what is wrong."""
     with _errors():
         from curate.manifest import check as faults_of
 
         faults = faults_of(run)
         if as_json:
-            _print(None, {"manifest": str(run), "faults": faults}, quiet, as_json)
+            _print(None, {"manifest": run, "faults": faults}, quiet, as_json)
         for fault in faults if not as_json else []:
             Console(stderr=True).print(f"[red]✗[/] {escape(fault)}", soft_wrap=True, highlight=False)
         if faults:
             raise typer.Exit(1)
         if not (quiet or as_json):
-            Console().print(f"[green]✓[/] {escape(str(run))}: sound", soft_wrap=True)
+            Console().print(f"[green]✓[/] {escape(run)}: sound", soft_wrap=True)
 
 
 @app.command()
 def refilter(
-    run: Annotated[Path, typer.Argument(help="folder of a manifest with augmentations")],
+    run: Annotated[str, typer.Argument(help="folder of a manifest with augmentations, or its URL")],
     settings: Annotated[list[str], typer.Argument(metavar="theta=VALUE [out=FOLDER]", help="the new threshold")],
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -138,21 +137,24 @@ def refilter(
 
         given = _settings(settings, ("theta", "out"))
         manifest = decide(run, _number(given.get("theta"), "theta"), given.get("out"))
+        place = given.get("out") or run
         kept, every = int(manifest.augmentations["kept"].sum()), manifest.augmentations.height
         if as_json:
-            _print(None, {"manifest": str(manifest.folder), "kept": kept, "rewrites": every}, quiet, as_json)
+            _print(None, {"manifest": place, "kept": kept, "rewrites": every}, quiet, as_json)
         elif not quiet:
-            Console().print(f"{escape(str(manifest.folder))}: {kept:,} of {every:,} rewrites kept", soft_wrap=True)
+            Console().print(f"{escape(place)}: {kept:,} of {every:,} rewrites kept", soft_wrap=True)
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="folder of a manifest")],
+    run: Annotated[str, typer.Argument(help=RUN)],
     to: Annotated[
         Literal["trl-sft", "trl-dpo", "trl-prompts", "alpaca", "llamafactory", "openai"],
         typer.Option("--to", help="format of the file"),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="the file; by default RUN.FORMAT.jsonl beside RUN")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the file; by default RUN.FORMAT.jsonl beside RUN (of a URL: here)")
+    ] = None,
     origin: Annotated[
         list[str] | None,
         typer.Option("--origin", help="only samples of this origin (current, replay, augmented); may be repeated"),
@@ -177,11 +179,14 @@ def export(
     with _errors():
         from curate.export import export as written
         from curate.manifest import read
+        from curate.manifest.remote import is_url
         from curate.manifest.schema import Origin
         from curate.screen import export_lines
 
         if wrong := next((each for each in origin or () if each not in list(Origin)), None):
             raise typer.BadParameter(f"--origin {wrong}: not one of {', '.join(Origin)}")
+        if is_url(run) and out is None:
+            out = Path(f"{run.rstrip('/').rpartition('/')[2]}.{to}.jsonl")
         done = written(read(run), to, out, origins=origin or (), pairs=pairs, force=force)
         if as_json:
             summary = {"file": str(done.file), "rows": done.rows, "skipped": len(done.skipped), "notes": done.notes,
@@ -193,7 +198,7 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a manifest, or of a phase of reinforcement learning")],
+    run: Annotated[str, typer.Argument(help=f"{RUN}, or of a phase of reinforcement learning")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[out=FILE]", help="where the page goes")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file that is there")] = False,
     quiet: Quiet = False,
@@ -210,15 +215,15 @@ def report(
     with _errors():
         from curate.report import report as make
 
-        path = make(run, _settings(settings or [], ("out",)).get("out"), force)
+        place = make(run, _settings(settings or [], ("out",)).get("out"), force)
         if not quiet:
-            Console().print(f"page: [bold]{escape(str(path))}[/]", soft_wrap=True)
+            Console().print(f"page: [bold]{escape(str(place))}[/]", soft_wrap=True)
 
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="RUN", help="folder of the older manifest")],
-    b: Annotated[Path, typer.Argument(metavar="RUN", help="folder of the newer one")],
+    a: Annotated[str, typer.Argument(metavar="RUN", help="folder of the older manifest, or its URL")],
+    b: Annotated[str, typer.Argument(metavar="RUN", help="folder of the newer one, or its URL")],
     html: Annotated[Path | None, typer.Option("--html", help="write a page that opens offline")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the page that is there")] = False,
     quiet: Quiet = False,
@@ -257,7 +262,7 @@ def diff(
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Argument(help="folder of a manifest")],
+    run: Annotated[str, typer.Argument(help=RUN)],
     uid: Annotated[str, typer.Argument(help="uid of a row, or its first digits")],
 ) -> None:
     """Say why a row is in the set: its task's distance and share, its instruction's tags, its draw. Or why not."""

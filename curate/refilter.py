@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from curate.assemble import counted, with_augmentations
@@ -15,6 +14,7 @@ from curate.manifest import Manifest, read, write
 from curate.manifest.card import card
 from curate.manifest.schema import TABLES, content_hash
 from curate.report import write_report
+from curate.storage import Place
 
 DERIVED = ("schema_version", "rows", "outputs")  # what `write` adds to a provenance
 
@@ -23,7 +23,7 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
     """The manifest with the rewrites that pass `theta`: the Parquet bytes that a build with that θ would have given.
 
     Args:
-        run: folder of a manifest with augmentations.
+        run: folder of a manifest with augmentations, or its URL.
         theta: a rewrite stays where MI(x, x̂) · MI(y, ŷ) > theta, 0 to 1.
         out: where the new manifest goes; None = in place of the old one, which stays whole until the new one is
             written and its files are renamed. (A kill within those few renames leaves an unfinished manifest; the same
@@ -41,12 +41,13 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
         raise InputError(
             f"{run}: no rewrites to decide about", remedy="build with an `augment` section: augment.per_task=100"
         )
-    target = Path(out) if out is not None else manifest.folder
-    with locked(target, None, {}):
+    place = Place(out if out is not None else run)
+    with place.claimed({}), locked(place.folder, None, {}):
         frames, provenance = _decided(manifest, float(theta))
-        write(target, frames, provenance, card(frames, provenance))
-        moved = read(target)
+        write(place.folder, frames, provenance, card(frames, provenance))
+        moved = read(place.folder)
         write_report(moved)
+        place.publish()
     return moved
 
 

@@ -16,16 +16,18 @@ from curate.errors import InputError
 from curate.files import refuse_existing, replace_text
 from curate.manifest import Manifest, read
 from curate.manifest.io import REPORT
+from curate.manifest.remote import Remote, is_url
 from curate.report.page import key_of, mark, page
+from curate.storage import as_input_error
 
 __all__ = ["is_current", "report", "write_report"]
 
 
-def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, force: bool = False) -> Path:
-    """Make the page of a manifest, in its folder or at `out`; returns where it lies.
+def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, force: bool = False) -> Path | str:
+    """Make the page of a manifest, in its folder, at its URL, or at `out`; returns where it lies.
 
     Args:
-        run: folder of a manifest.
+        run: folder of a manifest, or its URL.
         out: where the page goes instead; not a place in `run`.
         force: overwrite the file that is there.
 
@@ -35,18 +37,24 @@ def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = Non
     """
     manifest = read(run)
     if out is not None:
-        path, folder = Path(out), Path(run).resolve()
+        path, folder = Path(out), manifest.folder.resolve()
         if folder in path.resolve().parents and path.resolve() != folder / REPORT:
             raise InputError(f"{path}: inside the manifest", remedy=f"leave out= away: the page goes to {REPORT} there")
         if path.resolve() != folder / REPORT:
             refuse_existing(path, force, "out=")
     try:
-        return write_report(manifest, Path(out) if out is not None else None)
+        file = write_report(manifest, Path(out) if out is not None else None)
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
         raise InputError(f"{run}: the tables do not fit together, so there is no page of them",
                          remedy=f"`curate check {run}` says what is wrong") from None  # fmt: skip
+    if out is None and isinstance(run, str) and is_url(run):
+        with as_input_error():
+            remote = Remote.of(run)
+            remote.put(file, REPORT)
+        return f"{remote.url}/{REPORT}"
+    return file
 
 
 def is_current(manifest: Manifest) -> bool:
