@@ -12,8 +12,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
+from curate.manifest.remote import fetched, is_url
 from curate.models import ModelConfig, RewardConfig
 from curate.settings import FUNCTION, Section
 
@@ -54,7 +55,7 @@ class RunConfig(Section):
     model: str | None = Field(None, description="folder or hub name of a causal language model, safetensors only")
     init: str | None = Field(None, description="instead of model: a config.json that random weights are made from")
     tokenizer: str | None = Field(None, description="folder or hub name; by default the model's")
-    data: Folders = Field(min_length=1, description="manifest folder, or several")
+    data: Folders = Field(min_length=1, description="manifest folder or its URL (s3://, gs://, hf://), or several")
     eval_data: Folders = Field(default_factory=list, description="manifests whose samples are only evaluated")
     out: str = Field(description="run folder: checkpoints, the final model, what was seen")
     max_length: int | None = Field(
@@ -78,6 +79,7 @@ class RunConfig(Section):
     merge: bool = Field(False, description="beside the adapter, write the model with it merged")
     resume: bool = Field(True, description="go on from the newest whole checkpoint of `out`")
     base: str = Field(".", exclude=True, description="folder that paths are relative to; set by load()")
+    _copies: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @field_validator("lora")
     @classmethod
@@ -101,7 +103,14 @@ class RunConfig(Section):
         return self
 
     def path(self, name: str) -> Path:
-        """A path of the settings: relative to the file where it is there, else to the working directory."""
+        """A path of the settings: relative to the file where it is there, else to the working directory.
+
+        A URL is a manifest's: the local copy, which stays the same as long as these settings live.
+        """
+        if is_url(name):
+            if name not in self._copies:
+                self._copies[name] = fetched(name)
+            return self._copies[name]
         beside = Path(self.base) / name
         return beside if beside.exists() else Path(name)
 

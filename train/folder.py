@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -42,6 +43,8 @@ def refuse_foreign(out: Path, own: Collection[str], inputs: Iterable[Path] = (),
     Raises:
         InputError: it is no folder, holds files of others, or an input.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)):  # `Path` has folded the slashes of a URL
+        raise InputError(f"{where} {out}: a URL", remedy="choose a folder, and copy it there when it is done")
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise InputError(f"{where} {out}: a file, not a folder", remedy="choose another folder")
     if out.is_symlink():
