@@ -239,6 +239,11 @@ class RolloutConfig(Section):
         None, pattern=FUNCTION,
         description="package.module:function(folder, phase), called before each phase with the policy's weights",
     )  # fmt: skip
+    staleness: int = Field(
+        0, ge=0, description="phases by which the weights that draw may be older than those that are trained: so far "
+        "ahead the `server` is asked, while older phases are trained on; 0 = each phase waits for its own"
+    )  # fmt: skip
+    importance_clip: float = Field(2.0, ge=1, description="staleness: c of w = min(c, π/μ), by which advantages count")
 
     @model_validator(mode="after")
     def _one_source(self) -> RolloutConfig:
@@ -248,6 +253,12 @@ class RolloutConfig(Section):
             raise ValueError("`offline` draws nothing, so there is nothing for a `server` to do")
         if self.server is not None and self.server.backend != "api":
             raise ValueError("`server`: give base_url and backend: api; without a server the policy itself draws")
+        if self.staleness and self.server is None:
+            raise ValueError("`staleness` is of a `server` that draws while the policy is trained, and there is none")
+        if self.staleness and self.sync is None:
+            raise ValueError("`staleness`: weights that no `sync` publishes have no age that could be bounded")
+        if self.staleness and self.temperature != 1:
+            raise ValueError("`staleness` needs the server's log-probabilities, which are of temperature 1")
         return self
 
 

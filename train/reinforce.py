@@ -122,9 +122,9 @@ def _check_rule(config: CppoConfig, manifest: Manifest) -> None:
 
 def cppo_of(
     config: CppoConfig, stage: Prompts, phases: Phases, model: Any, tokenizer: Any, device: torch.device, seed: int,
-    say: Callable[[str], None], lockstep: bool = False,
+    say: Callable[[str], None], lockstep: bool = False, positions: int = 0,
 ) -> Cppo:  # fmt: skip
-    """The method of a run.
+    """The method of a run, which has so many `positions`.
 
     Raises:
         InputError: a reward, a reference or a value function that cannot be used; dropout.
@@ -149,6 +149,7 @@ def cppo_of(
         out=Path(config.out), batch_size=of.batch_size, offline=of.offline,
         name=of.server.model if of.server else "policy in training",
         layout=_layout(asked, longest), server=_server(config, tokenizer), lockstep=lockstep, tell=say,
+        staleness=of.staleness, total=-(-positions // phases.size),
     )  # fmt: skip
     return Cppo(
         rollouts=rollouts, head=head, critic=critic, advantages=config.advantages, scale=config.scale,
@@ -156,7 +157,7 @@ def cppo_of(
         value_weight=config.value.weight, missing_end=config.missing_end, kl=config.kl.coef,
         kl_target=config.kl.target, kl_horizon=config.kl.horizon, kl_most=config.kl.most,
         retention=config.retention.weight, weights=how.kind, lead=how.lead, k=how.k, bounds=(how.lb, how.ub),
-        power=how.power, tau=how.tau, ewc=config.ewc.weight if config.ewc else 0.0,
+        power=how.power, tau=how.tau, importance_clip=of.importance_clip, ewc=config.ewc.weight if config.ewc else 0.0,
         fishers=read_fishers([config.path(f) for f in config.ewc.fisher], model) if config.ewc else [],
         seed=seed, show=of.show, say=say,
     )  # fmt: skip

@@ -26,12 +26,13 @@ from curate.manifest import Manifest, Rule, moved_inside, part, part_card, seque
 from curate.manifest.schema import TABLES, completion_uid
 from curate.models import Completion, LocalModel, Prompt, Sampling
 from curate.models.local import tokenizer_fingerprint
+from train.ahead import Ahead
 from train.folder import whole
 from train.layout import Layout, of_samples
 from train.logprobs import Reference, token_values
 from train.parallel import first, share, together
 from train.phases import Phases
-from train.server import Server, gap
+from train.server import Server, gap, told
 
 LARGEST = 1e12  # of a reward
 FOLDER, SAMPLES = "rollouts", "samples.safetensors"
@@ -53,6 +54,9 @@ class Samples:
         z_p, z_r: [n] standard scores of mean log-probability and reward over the phase.
         bucket: [n] names.
         gap: how far a server's log-probabilities are from `logps`, nats a token; None: not known.
+        behaviour: [n, t] log μ of the weights that drew, as the server told it, nats; NaN: it did not. Asynchronous
+            phases only, whose `logps` are of the policy where the phase begins; as is `version`.
+        version: [n] phase whose weights drew a sample.
     """
 
     prompts: list[Any]
@@ -69,6 +73,8 @@ class Samples:
     z_r: Tensor
     bucket: list[str]
     gap: float | None = None
+    behaviour: Tensor | None = None
+    version: Tensor | None = None
 
     def answers(self) -> list[Any]:
         """Tokens of each answer."""
@@ -96,6 +102,7 @@ class Rollouts:
         offline: nothing is drawn or judged: the manifest's own rollouts, with the log-probabilities that they have.
         layout: how samples share the rows of a pass.
         server: draws the completions instead of the policy in memory.
+        staleness: phases by which its weights may be older: it is asked ahead. `total`: phases of the run.
         tell: shows how far a long phase has come.
         lockstep: the model is sharded, so that all processes must make the same passes: each draws and measures all.
     """
@@ -117,14 +124,20 @@ class Rollouts:
     offline: bool = False
     layout: Layout = field(default_factory=Layout)
     server: Server | None = None
+    staleness: int = 0
+    total: int = 1
     tell: Callable[[str], None] = lambda text: None
     lockstep: bool = False
+    ahead: Ahead | None = field(init=False)
     rows: dict[str, dict[str, Any]] = field(init=False)
     stored: dict[str, list[dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stored = stored(self.manifest, self.sampling.temperature) if self.offline else {}
         self.rows = {row["uid"]: row for row in self.manifest.samples.iter_rows(named=True)}
+        self.ahead = None
+        if self.server is not None and self.staleness:
+            self.ahead = Ahead(self.server, self._own, self.sampling, self.staleness, self.total)
 
     def phase(self, number: int, model: Any, head: Any, critic: Any) -> Samples:
         """The samples of a phase: read where it is on disk, else drawn, judged, measured and written.
@@ -136,14 +149,21 @@ class Rollouts:
         """
         folder = self.out / FOLDER / f"phase-{number:05d}"
         kept = together(lambda: self._read(folder) if first() and (folder / SAMPLES).is_file() else None)[0]
+        early = self.ahead.begin(number, model, kept is None) if self.ahead is not None else []
         if kept is not None:
             return kept
         rows, training = self.phases.rows(number).tolist(), model.training
-        uids = [self.examples.uid[int(row)] for row in rows]
+        uids = self._uids(number)
         model.eval()
         try:
-            drawn, scores = self._stored(number, uids) if self.offline else self._fresh(number, uids, model)
+            if self.offline:
+                drawn, scores = self._stored(number, uids)
+            else:
+                drawn = [each for _, each in early] or self._fresh(number, uids, model)
+                scores = self._scores(uids, drawn)
             found = self._measured(rows, drawn, scores, model, head, critic)
+            if early:
+                found.behaviour, found.version = told(drawn, found.mask), torch.tensor([by for by, _ in early])
             by_hand = self._by_hand(number, uids, found) if self.offline else {}
         finally:
             model.train(training)
@@ -176,20 +196,33 @@ class Rollouts:
             found.bucket[i] = bucket
         return moved
 
-    def _fresh(self, number: int, uids: Sequence[str], model: Any) -> tuple[list[Any], list[float]]:
-        """(completions, rewards); each process draws and judges its share of the prompts, of a sharded model all."""
-        prompts, k = self._asked(number, uids), self.sampling.k
+    def _uids(self, number: int) -> list[str]:
+        """Whose prompt each sample of a phase answers."""
+        return [self.examples.uid[int(row)] for row in self.phases.rows(number)]
+
+    def _own(self, number: int) -> list[Prompt]:
+        """This process's share of the prompts of a phase."""
+        prompts = self._asked(number, self._uids(number))
+        return prompts[share(len(prompts))]
+
+    def _fresh(self, number: int, uids: Sequence[str], model: Any) -> list[Completion]:
+        """Completions of a phase; each process draws its share of the prompts, of a sharded model all."""
+        prompts = self._asked(number, uids)
         own = share(len(prompts))
-        mine = slice(own.start * k, own.stop * k)
         if self.server is not None:
             server = self.server
             together(lambda: server.refresh(model, number) if first() else None)
-            drawn = _joined(together(lambda: server.draw(prompts[own], self.sampling)))
-        elif self.lockstep:
-            drawn = self._draw(prompts, model)
-        else:
-            drawn = _joined(together(lambda: self._draw(prompts[own], model)))
-        return drawn, _joined(together(lambda: self._judge(uids[mine], [each.text for each in drawn[mine]])))
+            return _joined(together(lambda: server.draw(prompts[own], self.sampling)))
+        if self.lockstep:
+            return self._draw(prompts, model)
+        return _joined(together(lambda: self._draw(prompts[own], model)))
+
+    def _scores(self, uids: Sequence[str], drawn: Sequence[Completion]) -> list[float]:
+        """Rewards; each process judges its share."""
+        k = self.sampling.k
+        own = share(len(drawn) // k)
+        mine = slice(own.start * k, own.stop * k)
+        return _joined(together(lambda: self._judge(uids[mine], [each.text for each in drawn[mine]])))
 
     def _asked(self, number: int, uids: Sequence[str]) -> list[Prompt]:
         """The prompts of a phase: with a uid of its own each time that one is asked, as draws depend on it alone."""
@@ -329,6 +362,10 @@ class Rollouts:
 
     # --- on disk ---
 
+    @property
+    def _on_disk(self) -> tuple[str, ...]:
+        return ON_DISK if self.ahead is None else (*ON_DISK, "behaviour", "version")
+
     def _kept(
         self, folder: Path, number: int, uids: Sequence[str], drawn: Sequence[Any], found: Samples,
         by_hand: Mapping[int, str],
@@ -368,7 +405,7 @@ class Rollouts:
         said = f"{len(rows)} completions of {len(set(uids))} prompts."
         card = part_card(f"Rollouts of phase {number}", said, frames, provenance)
         write(folder, frames, {**provenance, "buckets": facts}, card)
-        held = {name: getattr(found, name).contiguous().clone() for name in ON_DISK}
+        held = {name: getattr(found, name).contiguous().clone() for name in self._on_disk}
         held["bucket"] = torch.tensor([BUCKETS.index(name) for name in found.bucket])
         save_file(held, folder / f".{SAMPLES}")
         (folder / f".{SAMPLES}").replace(folder / SAMPLES)
@@ -376,7 +413,7 @@ class Rollouts:
     def _read(self, folder: Path) -> Samples:
         try:
             held: dict[str, Any] = load_file(folder / SAMPLES)
-            complete = held.keys() == {*ON_DISK, "bucket"} and int(held["row"].max()) < len(self.examples)
+            complete = held.keys() == {*self._on_disk, "bucket"} and int(held["row"].max()) < len(self.examples)
         except (SafetensorError, OSError):
             complete = False
         if not complete:

@@ -155,6 +155,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
             arguments.seed,
             screen.tell,
             parallel.sharded(arguments) or parallel.zero3(arguments),
+            len(items),
         )
     else:
         method = _method(config, model, reference, old)
@@ -188,8 +189,12 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
             screen.tell(f"{left.height:,} answers or prompts {what}are not used: {listed}")
     if last is not None:
         trainer.take_up(last)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.end()
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.end()
+    finally:
+        if isinstance(method, Cppo):
+            method.close()
     if trainer.state.best_model_checkpoint is not None:
         best = Path(trainer.state.best_model_checkpoint).name
         screen.tell(f"best: {best}, {arguments.metric_for_best_model} {trainer.state.best_metric:.4f}")

@@ -50,6 +50,7 @@ class Completion:
     n_tokens: int | None = None  # tokens of the completion, the end token included
     finished: bool | None = None  # False: cut at max_new_tokens; None: not generated
     prompt_tokens: int | None = None  # tokens of the prompt, as a server bills them
+    names: list[str] | None = None  # of the tokens that `token_logps` are of, as a server tells them: texts, or ids
 
 
 class Generator(Protocol):

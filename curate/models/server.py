@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ class ServerModel:
         self.config, self.cache, self.pause = config, cache, pause
         self.base_url = str(config.base_url).rstrip("/")
         self._logprobs: bool | None = None  # whether the server takes the field; None = not known yet
+        self._closed = threading.Event()
 
     @property
     def fingerprint(self) -> str:
@@ -117,8 +119,14 @@ class ServerModel:
         with start_blocking_portal() as portal:
             answers = portal.start_task_soon(self._ask_all, client, requests)
             while wait([answers], timeout=0.2).not_done:
-                pass  # awake now and then: where another thread gets the signal, a sleeping one would not hear Ctrl-C
+                # awake now and then: where another thread gets the signal, a sleeping one would not hear Ctrl-C
+                if self._closed.is_set():
+                    answers.cancel()
             return answers.result()
+
+    def close(self) -> None:
+        """Give up what another thread has asked for: `CancelledError` there. What was answered is kept."""
+        self._closed.set()
 
     def _client(self, openai: Any) -> Any:
         variable = self.config.api_key_env
@@ -281,7 +289,8 @@ def _completion(response: Any) -> Completion:
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character where it was cut
     n_tokens, prompt_tokens = (count if type(count) is int and 0 <= count < 2**31 else None for count in counts)
     finished = {"stop": True, "tool_calls": True, "length": False}.get(str(reason))
-    return Completion(text, None, _logps(choice, n_tokens), n_tokens, finished, prompt_tokens)
+    logps = _logps(choice, n_tokens)
+    return Completion(text, None, logps, n_tokens, finished, prompt_tokens, _names(choice) if logps else None)
 
 
 def _logps(choice: dict[str, Any], n_tokens: int | None) -> list[float] | None:
@@ -292,6 +301,12 @@ def _logps(choice: dict[str, Any], n_tokens: int | None) -> list[float] | None:
     except (LookupError, TypeError, ValueError, OverflowError):
         return None
     return logps if len(logps) == n_tokens and all(-3e38 < p <= 1e-4 for p in logps) else None
+
+
+def _names(choice: dict[str, Any]) -> list[str] | None:
+    """Of the tokens; None where one has none."""
+    named = [token.get("token") for token in choice["logprobs"]["content"]]
+    return named if all(isinstance(name, str) for name in named) else None
 
 
 def _brief(text: str) -> str:

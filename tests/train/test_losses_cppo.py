@@ -13,6 +13,7 @@ from train.losses.cppo import (
     gae,
     group_advantages,
     heuristic_weights,
+    importance_weights,
     learned_weights,
     policy_loss,
     ratios,
@@ -494,6 +495,79 @@ def test_both_estimates_are_of_the_kl_divergence():
 def test_k3_is_never_negative(b, t, seed):
     case = rollouts(b, t, seed)
     assert statistics(case["logps"], case["old"], case["mask"], 0.2)["kl_k3"].item() >= 0
+
+
+def test_importance_by_hand():
+    # log π_prox − log μ = 0, ln 3, −ln 2, and padding: w = 1, min(2, 3), ½
+    prox, drew = float64([[-1, -1, -2, math.nan]]), float64([[-1, -1 - LN3, -2 + LN2, 9]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert importance_weights(prox, drew, mask, 2.0).tolist() == [pytest.approx([1, 2, 0.5, 1])]
+    assert importance_weights(prox, drew, mask, math.inf).tolist() == [pytest.approx([1, 3, 0.5, 1])]
+    # a sample's: exp((0 + ln 3 − ln 2)/3) = 1.5^⅓
+    assert importance_weights(prox, drew, mask, 2.0, "sequence").tolist() == [pytest.approx([1.5 ** (1 / 3)] * 3 + [1])]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@given(b=st.integers(1, 4), t=st.integers(1, 5), seed=st.integers(0, 2**16), clip=st.floats(1, 4))
+def test_importance_is_1_on_policy_and_at_most_c(level, b, t, seed, clip):
+    case = rollouts(b, t, seed)
+    prox, mask = case["logps"].detach(), case["mask"]
+    assert torch.equal(importance_weights(prox, prox, mask, clip, level), torch.ones_like(prox)), "bit for bit"
+    w = importance_weights(prox, case["old"], mask, clip, level)
+    assert float(w.max()) <= clip and float(w.min()) > 0 and bool((w[~mask] == 1).all())
+
+
+def test_importance_turns_an_expectation_under_the_older_policy_into_one_under_the_newer():
+    # two tokens: μ = (¼, ¾), π_prox = (¾, ¼), A = (1, −1), r = 1. Σ μ w (−A): w = (3, ⅓) gives −(¾ − ¼) = −½, which is
+    # Σ π_prox (−A); truncated at 2 it is −¼ · 2 + ¾ · ⅓ = −¼; without weights −(¼ − ¾) = ½, the wrong way
+    drew, prox, advantages = float64([[0.25], [0.75]]), float64([[0.75], [0.25]]), float64([[1], [-1]])
+    mask = torch.ones(2, 1)
+
+    def expected(w):
+        of = [policy_loss(prox[i : i + 1].log(), prox[i : i + 1].log(), (w * advantages)[i : i + 1], mask[:1], 1.0, 0.2)
+              for i in range(2)]  # fmt: skip
+        return float(drew[0] * of[0] + drew[1] * of[1])
+
+    for clip, value in ((math.inf, -0.5), (2.0, -0.25), (1.0, 0.0)):  # at most 1: −¼ + ¾ · ⅓
+        assert expected(importance_weights(prox.log(), drew.log(), mask, clip)) == pytest.approx(value)
+    assert expected(torch.ones(2, 1)) == 0.5
+
+
+@given(b=st.integers(1, 4), t=st.integers(1, 5), seed=st.integers(0, 2**16), clip=st.floats(0.1, 2))
+def test_weighted_advantages_are_the_decoupled_objective(b, t, seed, clip):
+    """Mean over tokens of w · max(−A r, −A clip(r, 1 − ε, 1 + ε)), r to π_prox; no gradient flows through w."""
+    case = rollouts(b, t, seed)
+    new, mask = case["logps"], case["mask"]
+    prox, drew, a = case["old"].clone().requires_grad_(), case["ref"].clone().requires_grad_(), case["advantages"]
+    w = importance_weights(prox, drew, mask, 2.0)
+    assert not w.requires_grad
+    got = policy_loss(new, prox, a * w, mask, 1.0, clip)
+    r = (new - prox.detach()).exp()
+    each = torch.exp(prox - drew).detach().clamp(max=2) * torch.maximum(-a * r, -a * r.clamp(1 - clip, 1 + clip))
+    want = each[mask].sum() / max(int(mask.sum()), 1)
+    torch.testing.assert_close(got, want)
+    for x, y in zip(*(torch.autograd.grad(v, [new, prox, drew], allow_unused=True) for v in (got, want)), strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y)
+
+
+def test_gradcheck_of_the_weighted_surrogate():
+    case = rollouts(3, 4, 0)
+    w = importance_weights(case["old"], case["ref"], case["mask"], 2.0)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, case["old"], case["advantages"] * w, case["mask"], case["alpha"], 0.2),
+        (case["logps"],),
+    )
+
+
+@pytest.mark.parametrize("clip", [0.5, -1, math.nan])
+def test_importance_refuses(clip):
+    one = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="clip must be at least 1"):
+        importance_weights(one, one, one + 1, clip)
+    with pytest.raises(ValueError, match="behaviour_logps must be finite, not nan"):
+        importance_weights(one, one * math.nan, one + 1, 2.0)
 
 
 def test_an_unknown_level_is_refused():

@@ -1,23 +1,28 @@
 """Rollouts by a real server that holds the policy's weights, and by one that has not taken them up."""
 
 import json
+import math
 import shutil
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_run import ROOT, STARTER, same, weights
 
 from curate.build import build
 from curate.errors import InputError
 from curate.manifest import check, read
 from curate.models import Completion, LocalModel, ModelConfig, Prompt, Sampling
-from train.config import CppoConfig
 from train.folder import checkpoints
-from train.run import run
-from train.server import Server, gap
+from train.methods.cppo import Cppo
+from train.run import CONFIGS, run
+from train.server import Server, gap, told
 from train.settings import load
 
 SYNC = """
@@ -26,6 +31,9 @@ import json, urllib.request
 def push(folder, phase):
     data = json.dumps({"folder": str(folder)}).encode()
     urllib.request.urlopen(urllib.request.Request("URL/load", data=data)).read()
+
+def length(prompts, completions, references):
+    return [len(text) / 10 for text in completions]
 
 def wrong(folder, phase):
     raise RuntimeError("no such pod")
@@ -37,6 +45,8 @@ class Policy:
 
     def __init__(self, folder: Path):
         self.lock, self.requests, self.down = threading.Lock(), 0, False
+        self.ids = False  # whether tokens are named by their ids
+        self.loads, self.by = 0, []  # of each answer how many weights had been loaded until then
         self.load(folder)
         outer = self
 
@@ -44,7 +54,7 @@ class Policy:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer.lock:
-                    found = outer.load(Path(body["folder"])) if self.path == "/load" else outer.answer(body)
+                    found = outer.take_up(Path(body["folder"])) if self.path == "/load" else outer.answer(body)
                 data = json.dumps(found).encode()
                 self.send_response(503 if outer.down else 200)
                 self.send_header("content-type", "application/json")
@@ -63,12 +73,19 @@ class Policy:
         self.model = LocalModel(ModelConfig(model=str(folder), dtype="float32"))
         return {}
 
+    def take_up(self, folder: Path):
+        self.loads += 1
+        return self.load(folder)
+
     def answer(self, body):
         self.requests += 1
+        self.by.append(self.loads)
         drawn = self.model.generate(
             [Prompt("a", body["messages"])], Sampling(1, body["temperature"], 1.0, body["max_tokens"], body["seed"])
         )[0][0]
-        told = [{"token": "?", "logprob": p} for p in drawn.token_logps]
+        text = self.model.tokenizer.decode
+        told = [{"token": f"token_id:{token}" if self.ids else text([token]), "logprob": p}
+                for token, p in zip(drawn.token_ids, drawn.token_logps, strict=True)]  # fmt: skip
         choice = {"index": 0, "finish_reason": "stop" if drawn.finished else "length", "logprobs": {"content": told},
                   "message": {"role": "assistant", "content": drawn.text}}  # fmt: skip
         return {"id": "1", "object": "chat.completion", "choices": [choice],
@@ -94,14 +111,14 @@ def policy(place, monkeypatch):
     found.http.server_close()
 
 
-def trained(place, out, policy, *more):
+def trained(place, out, policy, *more, method="cppo"):
     server = f"{{backend: api, base_url: '{policy.url}/v1', model: tiny, retries: 0, concurrency: 1}}"
     words = [f"model={place / 'start'}", f"data={place / 'data'}", f"out={out}", "max_steps=4", "optim=sgd",
              "per_device_train_batch_size=4", "learning_rate=0.1", "logging_steps=1", "save_steps=1", "too_long=drop",
              "rollouts={prompts: 8, max_new_tokens: 6, passes: 1}", f"rollouts.server={server}", 
              "max_grad_norm=100", "save_total_limit=9", "lr_scheduler_type=constant", "reward=rouge_l",
              *more]  # fmt: skip
-    run("cppo", *load(CppoConfig, place / "run.yaml", words))
+    run(method, *load(CONFIGS[method], place / "run.yaml", words))
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
 
 
@@ -167,6 +184,9 @@ def test_a_server_that_dies_stops_the_run_which_then_goes_on(place, policy, tmp_
         (["rollouts={sync: 'syncing:push', prompts: 8, server: null}"], "there is none"),
         (["rollouts.offline=true"], "nothing for a `server` to do"),
         (["rollouts.server={model: FOLDER/start}"], "without a server the policy itself draws"),
+        (["rollouts={staleness: 1, prompts: 8, server: null}"], "draws while the policy is trained, and there is none"),
+        (["rollouts.staleness=1"], "no `sync` publishes have no age that could be bounded"),
+        (["rollouts.staleness=1", "rollouts.sync=syncing:push", "rollouts.temperature=0.5"], "of temperature 1"),
     ],
 )
 def test_bad_settings(place, policy, tmp_path, more, match):
@@ -188,6 +208,14 @@ def test_tokens_of_a_text():
     assert cut.token_ids == ids and not cut.finished
     long = server._of(asked, Completion("a word " * 9, finished=True, token_logps=[-1.0]), 4)
     assert len(long.token_ids) == 4 and not long.finished and long.token_logps is None
+    for names, kept_ in (([tokenizer.decode([i]) for i in ids], True), (["x"] * len(ids), False)):
+        found = Completion("a word", finished=True, token_logps=[-1.0] * len(ids), names=names)
+        assert (server._of(asked, found, 9).token_logps is not None) == kept_, "other tokens, other log-probabilities"
+    odd = [ids[0], *ids]  # not the tokens of the text
+    found = Completion("a word", finished=True, token_logps=[-1.0] * len(odd), names=[f"token_id:{i}" for i in odd])
+    assert server._of(asked, found, 9).token_ids == [*odd, tokenizer.eos_token_id]
+    cut = server._of(asked, replace(found, finished=False), len(odd))
+    assert cut.token_ids == odd and cut.token_logps == [-1.0] * len(odd) and not cut.finished
     empty = server._of(asked, Completion("", finished=False), 4)
     assert empty.token_ids == [tokenizer.eos_token_id] and not empty.finished
 
@@ -200,3 +228,151 @@ def test_gap():
     drawn[1] = Completion("b", token_logps=[-9.0])
     assert gap(drawn, logps, mask) == pytest.approx((0.25 + 4) / 2)  # the median of two is their mean
     assert gap([Completion("a")], logps[:1], mask[:1]) is None
+
+
+# --- asynchronous ---
+
+AHEAD = ("rollouts.sync=syncing:push", "max_steps=6", "reward={kind: python, function: 'syncing:length'}")
+"""Three phases of two steps, and a reward that no two samples share."""
+
+
+def kept(out, phase):
+    return load_file(out / f"rollouts/phase-{phase:05d}/samples.safetensors")
+
+
+def weights_of(held, clip=2.0):
+    """exp(log π_prox − log μ), at most c, of the tokens that the server told."""
+    return (held["logps"] - held["behaviour"])[held["behaviour"].isfinite()].exp().clamp(max=clip)
+
+
+@pytest.mark.parametrize("method", ["cppo", "grpo"])
+def test_a_phase_is_drawn_while_the_one_before_is_trained_on(place, policy, tmp_path, monkeypatch, method):
+    steps, policy.ids = [], method == "grpo"
+
+    def after_step(self, total):
+        """The last step of a phase waits, with the optimizer's work done, until the next phase is being drawn."""
+        steps.append(self.number)
+        until = time.monotonic() + 60
+        while steps.count(self.number) == 2 and self.number < 2 and policy.requests <= 8 * (self.number + 1):
+            assert time.monotonic() < until, f"phase {self.number + 1} is not asked for before this one ends"
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Cppo, "after_step", after_step)
+    more = ("rollouts.prompts=4", "rollouts.k=2", "learning_rate=0.02") if method == "grpo" else ()
+    lines = trained(place, tmp_path / "out", policy, *AHEAD, "rollouts.staleness=1", *more, method=method)
+    assert steps == [0, 0, 1, 1, 2, 2]
+    # version p is published where phase p begins: 0 draws phases 0 and 1, 1 draws phase 2; nobody would ask the last
+    assert policy.by == [1] * 8 + [1] * 8 + [2] * 8 and policy.loads == 2
+    held = [kept(tmp_path / "out", phase) for phase in range(3)]
+    assert [h["version"].unique().tolist() for h in held] == [[0], [0], [1]]
+    assert [line["staleness"] for line in lines] == [line["staleness_max"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert float((weights_of(held[0]) - 1).abs().max()) < 1e-3, "the weights that drew are those that are trained"
+    assert float((weights_of(held[1]) - 1).abs().max()) > 1e-2, "they have moved since"
+    if policy.ids:
+        assert all(torch.equal(h["behaviour"].isfinite(), h["mask"]) for h in held)
+    for phase, h in enumerate(held):  # its two steps see each sample once; a token that was not told counts as 1
+        two = lines[2 * phase : 2 * phase + 2]
+        mean = sum(x["importance"] * x["length"] for x in two) / sum(x["length"] for x in two)
+        told_, all_, lost = h["behaviour"].isfinite(), h["mask"], ~h["behaviour"].isfinite().any(1)
+        ones = int((all_ & ~told_)[~lost].sum())
+        assert mean == pytest.approx((float(weights_of(h).sum()) + ones) / int(all_.sum()), rel=1e-4)
+        assert two[0]["clip_fraction"] == 0, "r is to the policy where the phase begins, not to the one that drew"
+
+
+def test_weights_that_stand_still_give_the_synchronous_run(place, policy, tmp_path):
+    still, policy.ids = (*AHEAD, "learning_rate=0"), True
+    lines = trained(place, tmp_path / "async", policy, *still, "rollouts.staleness=1")
+    for phase in range(3):  # a draw depends on seed, row and phase
+        assert float((weights_of(kept(tmp_path / "async", phase)) - 1).abs().max()) < 1e-3
+    other = trained(place, tmp_path / "sync", policy, *still)
+    assert len(lines) == len(other) == 6
+    for a, b in zip(lines, other, strict=True):
+        for key in ("loss", "policy", "reward", "gain", "value"):
+            assert a[key] == pytest.approx(b[key], abs=1e-3), key
+    assert "importance" not in other[0] and "version" not in kept(tmp_path / "sync", 0)
+
+
+def test_a_bound_of_two_phases_holds(place, policy, tmp_path):
+    server = f"{{backend: api, base_url: '{policy.url}/v1', model: tiny, retries: 0, concurrency: 2}}"
+    lines = trained(place, tmp_path / "out", policy, "rollouts.sync=syncing:push", "rollouts.staleness=2",
+                    "rollouts.prompts=4", f"rollouts.server={server}")  # fmt: skip
+    assert len(policy.by) == 16 and len(lines) == 4
+    for phase in range(4):
+        asked, drew = kept(tmp_path / "out", phase)["version"], [by - 1 for by in policy.by[4 * phase : 4 * phase + 4]]
+        assert int(asked.min()) >= phase - 2 and min(drew) >= int(asked.min())  # newer ones may have come in between
+        assert lines[phase]["staleness"] == pytest.approx(phase - float(asked.float().mean()))
+        assert lines[phase]["staleness_max"] == phase - int(asked.min())
+
+
+def test_an_asynchronous_run_that_was_stopped_goes_on_with_the_same_bits(place, policy, tmp_path):
+    more = (*AHEAD, "rollouts.staleness=1")
+    whole = trained(place, tmp_path / "whole", policy, *more)
+    plain, count = policy.answer, iter(range(99))
+
+    def answer(body):
+        policy.down = next(count) >= 19  # three answers of the third phase, while the second is trained on
+        return plain(body)
+
+    policy.answer = answer
+    with pytest.raises(InputError, match="no usable answer from http://127"):
+        trained(place, tmp_path / "begins", policy, *more)
+    assert checkpoints(tmp_path / "begins")[-1].name == "checkpoint-4", "what could be trained was"
+    shutil.copytree(tmp_path / "begins", tmp_path / "within")
+    shutil.rmtree(tmp_path / "within/checkpoint-4")
+    policy.down, policy.answer = False, plain
+    for out in ("begins", "within"):  # where a phase begins; within one, as if killed a step earlier
+        before = policy.requests
+        policy.load(place / "start")  # the server begins anew too
+        again = trained(place, tmp_path / out, policy, *more)
+        assert policy.requests - before == 5, "three of eight are on the disk"
+        assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+        assert same(weights(tmp_path / out / "model"), weights(tmp_path / "whole/model"))
+        for phase in range(3):
+            a, b = ({k: v.nan_to_num(1) for k, v in kept(tmp_path / o, phase).items()} for o in (out, "whole"))
+            assert same(a, b)
+
+
+def test_a_server_that_tells_no_log_probabilities_cannot_be_corrected(place, policy, tmp_path):
+    plain = policy.answer
+
+    def answer(body):
+        found = plain(body)
+        del found["choices"][0]["logprobs"]
+        return found
+
+    policy.answer = answer
+    with pytest.raises(InputError, match="tells no log-probabilities of the tokens that it draws"):
+        trained(place, tmp_path / "out", policy, *AHEAD, "rollouts.staleness=1")
+    assert not (tmp_path / "out/rollouts/phase-00000").exists()
+
+
+def test_a_run_that_fails_leaves_no_request_behind(place, policy, tmp_path):
+    """The reward of the first phase fails while the second is being drawn: the run does not wait for that."""
+    answer, hold = policy.answer, threading.Event()
+
+    def slow(body):
+        if policy.requests >= 9:
+            hold.wait(60)
+        return answer(body)
+
+    policy.answer = slow
+    (place / "failing.py").write_text(
+        "def fails(prompts, completions, references):\n    raise ValueError('no judge')\n"
+    )
+    began = threading.active_count()
+    with pytest.raises(InputError, match="no judge"):
+        trained(place, tmp_path / "out", policy, *AHEAD, "rollouts.staleness=1",
+                "reward={kind: python, function: 'failing:fails', retries: 0}")  # fmt: skip
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("rollouts")], began
+    hold.set()
+
+
+def test_what_a_server_has_told():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    drawn = [Completion("a", token_logps=[-1.0, -2.0]), Completion("b", token_logps=None)]  # no end token; other tokens
+    found = told(drawn, mask)
+    assert found[0, :2].tolist() == [-1, -2] and found[0, 2].isnan() and found[1].isnan().all()
+    method = SimpleNamespace(importance_clip=2.0, level="token")
+    samples = SimpleNamespace(mask=mask, logps=torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -1.0, 0.0]]))
+    w = Cppo._importance(method, samples, found)
+    assert w[0].tolist() == pytest.approx([math.exp(-0.5), 2, 1]) and w[1, :2].tolist() == [0, 0]

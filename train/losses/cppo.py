@@ -308,6 +308,36 @@ def ratios(logps: Tensor, old_logps: Tensor, mask: Tensor, level: Level = "token
 
 
 @torch.no_grad()
+def importance_weights(
+    prox_logps: Tensor, behaviour_logps: Tensor, mask: Tensor, clip: float, level: Level = "token"
+) -> Tensor:  # fmt: skip
+    """Of each token w = min(c, π_prox/μ), where an older policy μ drew the sample.   -> [b, t], no gradient.
+
+    The decoupled objective (Hilton et al., 2022; AReaL, 2025) is E_μ[w · max(−A r, −A clip(r, 1 − ε, 1 + ε))], r =
+    π_θ/π_prox: clipped at a recent policy π_prox, whoever drew. As w ≥ 0, it is `policy_loss` of advantages w · A.
+    Truncated at c (Ionides, 2008), so that a token that μ hardly knew moves nothing far; w = 1 where μ = π_prox.
+
+    Args:
+        prox_logps: log π_prox [b, t], nats: of the policy where the phase begins; `old_logps` of `policy_loss`.
+        behaviour_logps: log μ [b, t], of the policy that drew.
+        mask: [b, t]; 1 where masked.
+        clip: c ≥ 1; may be infinite.
+        level: as in `ratios`: "sequence" has one w a sample, of its mean log-ratio, as GSPO's r.
+
+    >>> prox, behaviour = torch.tensor([[-1.0, -1.0, -3.0]]), torch.tensor([[-1.0, -3.0, -2.0]])  # π/μ = 1, e², 1/e
+    >>> [round(w, 4) for w in importance_weights(prox, behaviour, torch.ones(1, 3), clip=2.0)[0].tolist()]
+    [1.0, 2.0, 0.3679]
+
+    Raises:
+        ValueError: c < 1; at a valid token a log-probability that is NaN or infinite; shapes that do not fit.
+    """
+    if not clip >= 1:
+        raise ValueError(f"clip must be at least 1, where both policies agree, not {clip}")
+    valid = _valid(mask, prox_logps=prox_logps, behaviour_logps=behaviour_logps)
+    return ratios(prox_logps, behaviour_logps, valid, level).clamp(max=clip)
+
+
+@torch.no_grad()
 def statistics(
     logps: Tensor, old_logps: Tensor, mask: Tensor, clip: float, level: Level = "token"
 ) -> dict[str, Tensor]:

@@ -6,6 +6,12 @@ over the tokens of a step; α and β come from a sample's bucket (`train/losses/
 (GSPO with level="sequence"): no values, and the KL to the reference is a term of the loss; weights and retention are
 the same. A phase of samples is drawn, judged and measured before its first step (`train/rollouts.py`).
 
+Asynchronous rollouts (`train/ahead.py`): an older policy μ drew the samples, and L^CLIP is the decoupled objective: its
+r is π_θ/π_prox, π_prox the policy where the phase begins, and A counts by w = min(c, π_prox/μ), log μ as the server
+told it. A token that it did not tell (an end token) has w = 1, a sample of which it told none that fits (its text
+tokenises otherwise) is not learned from: w = 0. Everything else goes by log-probabilities measured where the phase
+begins, as in a synchronous run: buckets, α and β, the KLs, the values, and retention.
+
 Departures from the paper, or from official code: those of the losses, and
 - Buckets' moments are those of the whole phase (the code: of the last chunk of 32 samples).
 - `group` with level "token" divides by the tokens of the step (DAPO), where GRPO's paper takes each sample's mean
@@ -31,6 +37,7 @@ from train.losses.cppo import (
     gae,
     group_advantages,
     heuristic_weights,
+    importance_weights,
     learned_weights,
     policy_loss,
     ratios,
@@ -67,6 +74,7 @@ class Cppo(Memoryless):
     scale: bool = True
     level: Literal["token", "sequence"] = "token"
     clip: float = 0.2
+    importance_clip: float = 2.0
     gamma: float = 1.0
     lam: float = 0.95
     value_clip: float = 0.2
@@ -155,15 +163,32 @@ class Cppo(Memoryless):
             alpha, beta = learned_weights(
                 samples.z_p, samples.z_r, power=self.power, tau=self.tau, generator=draw, **how
             )
+        if samples.behaviour is not None:
+            made["importance"] = self._importance(samples, samples.behaviour)
+            made["advantages"] = made["advantages"] * made["importance"]  # w ≥ 0 moves through the surrogate's maximum
         return made | {"alpha": alpha.float(), "beta": beta.float()}
+
+    def _importance(self, samples: Samples, behaviour: Tensor) -> Tensor:
+        """Importance weights [n, t]; 1 of a token, and 0 of a sample, of which no log μ is known."""
+        known = behaviour.isfinite()
+        drawn = torch.where(known, behaviour, samples.logps)
+        found = importance_weights(samples.logps, drawn, samples.mask, self.importance_clip, self.level)
+        return found * known.any(dim=1, keepdim=True)
 
     def _line(self, samples: Samples) -> str:
         shares = {name: samples.bucket.count(name) / len(samples.bucket) for name in BUCKETS}
         others = ", ".join(self._share(samples, name, share) for name, share in shares.items() if share)
         stale = ""
         if samples.gap is not None:
-            doubt = ": has it the weights of this step?" if samples.gap > STALE else ""
+            older = samples.version is not None and bool((samples.version < self.number).any())
+            doubt = ": has it the weights of this step?" if samples.gap > STALE and not older else ""
             stale = f" · the server is {samples.gap:.3f} nats a token from the policy{doubt}"
+        if samples.version is not None:
+            age = self.number - samples.version
+            w = self.made["importance"][samples.mask]
+            cut = float((w >= self.importance_clip).float().mean())
+            stale += f" · by weights of {float(age.float().mean()):.1f} phases ago, at most {int(age.max())}"
+            stale += f", w {float(w.mean()):.3f} ({cut:.0%} at {self.importance_clip:g})"
         length = float(samples.mask.sum(1).float().mean())
         knows = f" · V explains {float(self._explained()):.1%}" if self.head is not None else ""
         cut = 1 - float(samples.ended.mean())
@@ -200,6 +225,7 @@ class Cppo(Memoryless):
         samples = self.samples
         assert samples is not None
         answers = samples.answers()
+        more = {"importance": self.made["importance"][at]} if "importance" in self.made else {}
         rows = samples.row[at].tolist()
         batch = self.rollouts.layout.batch([samples.prompts[i] for i in at], [answers[i] for i in at], rows)
         return batch | {
@@ -209,6 +235,7 @@ class Cppo(Memoryless):
             "ended": samples.ended[at].float(),
             "alpha": self.made["alpha"][at], "beta": self.made["beta"][at],
             "bucket": torch.tensor([BUCKETS.index(samples.bucket[i]) for i in at]),
+            **more,
         }  # fmt: skip
 
     # --- the loss ---
@@ -278,6 +305,12 @@ class Cppo(Memoryless):
         if self.head is not None and self.made and self.samples is not None:
             logged["explained_variance"] = self._explained()
         logged["kl_coef"] = torch.tensor(self.kl)
+        if "importance" in batch and self.samples is not None and self.samples.version is not None:
+            w, age = batch["importance"], (self.number - self.samples.version).float()
+            for name, values in (("importance", w), ("importance_cut", (w >= self.importance_clip).float())):
+                logged[name] = torch.stack([values.masked_fill(~mask, 0).sum(), size])
+            logged["importance_unknown"] = torch.stack([(w * mask).sum(1) == 0, one > 0]).float()
+            logged |= {"staleness": age.mean(), "staleness_max": age.max()}
         return logged
 
     def _look(self, gone: float) -> None:
@@ -291,6 +324,11 @@ class Cppo(Memoryless):
         if self.samples is not None:
             now = self.rollouts.again(self.samples, model)
             self._look(float(((self.samples.logps - now) * self.samples.mask).sum() / len(now)))
+
+    def close(self) -> None:
+        """Nothing more is asked of a server."""
+        if self.rollouts.ahead is not None:
+            self.rollouts.ahead.close()
 
     def _explained(self) -> Tensor:
         """1 − Var(G − V)/Var(G) over the tokens of the phase."""
