@@ -75,6 +75,7 @@ def fetch(url: str) -> Path:
 def _versions(remote: Remote) -> dict[str, list[str]]:
     """Name below a place -> what identifies the object's content; the name is empty where the place is an object."""
     with remote.asked():
+        remote.fs.invalidate_cache()  # hf:// keeps listings whatever it is told
         whole = remote.fs.info(remote.root)
         every = {remote.root: whole} if whole["type"] == "file" else remote.fs.find(remote.root, detail=True)
     found = {}

@@ -170,15 +170,15 @@ class Remote:
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of what lies directly in this place, folders too; {} where there is nothing."""
         with self.asked():
+            self.fs.invalidate_cache()  # hf:// keeps listings whatever it is told
             try:
                 found = self.fs.ls(self.root, detail=True)
             except FileNotFoundError as error:
                 if _no_bucket(error):
                     raise
                 return {}
-            every = {each["name"].rstrip("/").rpartition("/")[2]: int(each["size"] or 0) for each in found
+            return {each["name"].rstrip("/").rpartition("/")[2]: int(each["size"] or 0) for each in found
                      if each["name"].rstrip("/") != self.root.rstrip("/")}  # fmt: skip
-            return every
 
     def get(self, name: str, path: Path) -> None:
         """Fetch an object into a file, whole or not at all."""
@@ -295,7 +295,7 @@ def _in_words(error: Exception, url: str) -> StorageError:
     if isinstance(error, FileNotFoundError):
         if _no_bucket(error):
             return StorageError(f"{url}: there is no bucket {bucket}", "correct the URL, or make the bucket")
-        return StorageError(f"{url}: no such object", f"correct the URL; {bucket} can be asked")
+        return StorageError(f"{url}: no such object, or no such bucket", "correct the URL, or make the bucket")
     if kinds & _UNREACHABLE:
         return StorageError(
             f"{url}: {bucket} cannot be reached ({_plain(error)})", f"check the network; {_access(scheme)}"
