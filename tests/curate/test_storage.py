@@ -195,11 +195,14 @@ def test_the_lock_is_renewed(storage, monkeypatch):
 
 
 def test_where_creation_is_not_exclusive_one_build_gets_the_lock(storage, monkeypatch):
-    monkeypatch.setattr(claim, "EXCLUSIVE", set())
-    start, end, won, lost = threading.Barrier(4), threading.Barrier(4), [], []
+    asked, end, won, lost = threading.Barrier(4), threading.Barrier(4), [], []
+    whole = MemoryFileSystem.pipe_file
+
+    def together(self, *arguments, **how):
+        asked.wait()  # all have found no lock before one of them writes
+        whole(self, *arguments, **how)
 
     def compete(number):
-        start.wait()
         try:
             with claimed(Remote.of(URL), print):
                 won.append(number)
@@ -208,6 +211,8 @@ def test_where_creation_is_not_exclusive_one_build_gets_the_lock(storage, monkey
             lost.append(number)
             end.wait()
 
+    monkeypatch.setattr(claim, "EXCLUSIVE", set())
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", together)
     threads = [threading.Thread(target=compete, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
