@@ -492,11 +492,9 @@ class BuildConfig(Section):
             return Path(self.cache)
         return (Path.cwd() if "://" in self.out else Path(self.out).absolute().parent) / ".curate-cache"
 
-    def resolve(self, path: str) -> Path:
-        """A path of the configuration file as a path of this process; of a URL the local copy."""
-        from curate.storage import located
-
-        return located(Path(self.base), path)
+    def resolve(self, path: str) -> str | Path:
+        """A path of the configuration file as a path of this process; a URL as it is."""
+        return path if "://" in path else Path(self.base) / path
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> BuildConfig:

@@ -15,18 +15,21 @@ from pathlib import Path
 from curate.errors import InputError
 from curate.files import replace_text
 from curate.manifest import Bucket
+from curate.storage import located
 
 KEYS = {"uid", "bucket", "note"}
 
 
 def read_overrides(path: str | Path) -> dict[str, str]:
-    """Bucket by uid of a completion.
+    """Bucket by uid of a completion, from a file or from a URL of one.
 
     Raises:
         InputError: no such file, or a line that is no override, with its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a note may hold U+2028
+        lines = (
+            located(Path(), str(path)).read_text(encoding="utf-8").split("\n")
+        )  # not splitlines: a note may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}", remedy="name the file in buckets.overrides") from None
     found: dict[str, str] = {}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from curate.config import EmbedConfig
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
+from curate.manifest.remote import is_url
 from curate.models.weights import architectures, model_folder, quiet, weights_hash
 from curate.storage import located
 
@@ -42,7 +43,8 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
         InputError: the model or the file cannot be used (before any text is embedded).
     """
     if config.backend == "precomputed":
-        return Precomputed(located(base, str(config.path)))
+        path = str(config.path)
+        return Precomputed(located(base, path), path if is_url(path) else None)
     folder, name = model_folder(config.model, base, whole=True)
     if config.backend == "lm":
         return LanguageModel(folder, name, config)
@@ -140,10 +142,10 @@ class LanguageModel:
 class Precomputed:
     """Vectors from a Parquet file with columns `text` (string) and `embedding` (list of floats)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, url: str | None = None) -> None:
+        self.path, self.where = path, f"embed.path {url or path}"  # of a URL, `path` is the local copy
         if not path.is_file():
-            raise InputError(f"embed.path {path}: no such file", remedy="give a Parquet file with text and embedding")
+            raise InputError(f"{self.where}: no such file", remedy="give a Parquet file with text and embedding")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,7 +158,7 @@ class Precomputed:
         missing = next((t for t in texts if t not in rows), None)
         if missing is not None:
             raise InputError(
-                f"embed.path {self.path}: no row with text {missing[:80]!r}",
+                f"{self.where}: no row with text {missing[:80]!r}",
                 remedy="store a vector for every distinct instruction (and tag, where tags are clustered)",
             )
         return vectors[[rows[t] for t in texts]]
@@ -165,37 +167,37 @@ class Precomputed:
     def _table(self) -> tuple[dict[str, int], Vectors]:
         known, frame = self.fingerprint, self._read()
         if f"precomputed:{sha256_file(self.path)}" != known:
-            raise InputError(f"embed.path {self.path}: changed while the build was running", remedy="build again")
+            raise InputError(f"{self.where}: changed while the build was running", remedy="build again")
         texts = frame["text"].to_list()
         vectors = np.asarray(frame["embedding"].list.to_array(len(frame["embedding"][0])).to_numpy(), np.float32)
         if (bad := ~np.isfinite(vectors).all(axis=1)).any():
             raise InputError(
-                f"embed.path {self.path}: row {int(bad.argmax()) + 1}: column 'embedding' holds NaN or infinity",
+                f"{self.where}: row {int(bad.argmax()) + 1}: column 'embedding' holds NaN or infinity",
                 remedy="embed that text again, or leave the row out together with its text",
             )
         rows = {text: row for row, text in enumerate(texts)}
         if len(rows) != len(texts):
             double = next(t for row, t in enumerate(texts) if rows[t] != row)
-            raise InputError(f"embed.path {self.path}: text {double[:80]!r} has two rows", remedy="keep one")
-        return rows, _unit(vectors, texts, f"embed.path {self.path}")
+            raise InputError(f"{self.where}: text {double[:80]!r} has two rows", remedy="keep one")
+        return rows, _unit(vectors, texts, self.where)
 
     def _read(self) -> pl.DataFrame:
         try:
             frame = pl.read_parquet(self.path, glob=False)
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise InputError(f"embed.path {self.path}: not readable as Parquet: {error}") from None
+            raise InputError(f"{self.where}: not readable as Parquet: {error}") from None
         for column in ("text", "embedding"):
             if column not in frame.columns:
-                raise InputError(f"embed.path {self.path}: no column {column!r}; it has {', '.join(frame.columns)}")
+                raise InputError(f"{self.where}: no column {column!r}; it has {', '.join(frame.columns)}")
         if frame["embedding"].dtype.is_nested() and hasattr(frame["embedding"].dtype, "shape"):
             frame = frame.with_columns(pl.col("embedding").arr.to_list())
         if frame.height == 0:
-            raise InputError(f"embed.path {self.path}: no rows")
+            raise InputError(f"{self.where}: no rows")
         kind = frame["embedding"].dtype
         if frame["text"].dtype != pl.String or not isinstance(kind, pl.List) or not kind.inner.is_numeric():
-            raise InputError(f"embed.path {self.path}: `text` must be strings and `embedding` lists of numbers")
+            raise InputError(f"{self.where}: `text` must be strings and `embedding` lists of numbers")
         if frame.null_count().sum_horizontal().item() or frame["embedding"].list.len().n_unique() != 1:
-            raise InputError(f"embed.path {self.path}: every row needs a text and a vector of one common length")
+            raise InputError(f"{self.where}: every row needs a text and a vector of one common length")
         return frame.select("text", "embedding")
 
 

@@ -1,25 +1,29 @@
 """Publication, its lock and copies of sources, on fsspec's own storage in memory: the part that no service decides."""
 
+import io
 import json
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
+import polars as pl
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from curate import claim
 from curate.build import build
 from curate.claim import LOCK, Owner, claimed
-from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.manifest import ManifestError, check, read
 from curate.manifest.remote import Remote, is_url, refuse_secrets
+from curate.overrides import read_overrides
 from curate.storage import Place, fetch
 
 URL = "memory://bucket/run"
+STARTER = Path(__file__).parent.parent.parent / "examples/starter"
 
 
 @pytest.fixture(autouse=True)
@@ -260,12 +264,22 @@ def test_an_object_that_changes_while_it_is_fetched_is_not_kept(storage, monkeyp
 
 
 def test_vectors_and_corrections_may_be_urls(config, storage):
-    for key, value in (("embed", {"backend": "precomputed", "path": "memory://bucket/v.parquet"}),
-                       ("buckets", {"overrides": "memory://bucket/o.jsonl"})):  # fmt: skip
-        storage.pipe_file("/bucket/o.jsonl", b"x")
-        more = {"policy": "nowhere", "rollouts": {"k": 1}} if key == "buckets" else {}
-        parsed = BuildConfig.parse({**config(3), key: value, **more})
-        assert parsed.resolve("memory://bucket/o.jsonl").read_bytes() == b"x"
+    texts = [f"{task} {n}" for task in "ab" for n in range(3)]
+    vectors = io.BytesIO()
+    pl.DataFrame({"text": texts, "embedding": [[1.0, 0.1 * n] for n in range(6)]}).write_parquet(vectors)
+    storage.pipe_file("/bucket/v.parquet", vectors.getvalue())
+    measured = {"embed": {"backend": "precomputed", "path": "memory://bucket/v.parquet"},
+                "replay": {"selector": "dynamic_only", "budget": 3}, "out": "memory://bucket/measured"}  # fmt: skip
+    assert build({**config(3), **measured}).tasks["distance"][0] > 0
+    storage.pipe_file("/bucket/v.parquet", b"PAR1")
+    with pytest.raises(InputError, match=r"embed.path memory://bucket/v.parquet: not readable as Parquet"):
+        build({**config(3), **measured})
+    storage.pipe_file("/bucket/o.jsonl", b'{"uid": "a", "bucket": "noisy"}')
+    assert read_overrides("memory://bucket/o.jsonl") == {"a": "noisy"}
+    storage.pipe_file("/bucket/o.jsonl", b"x")
+    more = {"policy": str(STARTER), "rollouts": {"k": 1}, "buckets": {"overrides": "memory://bucket/o.jsonl"}}
+    with pytest.raises(InputError, match=r"memory://bucket/o.jsonl: line 1: no override"):
+        build({**config(3), **more})
 
 
 # --- URLs ---
