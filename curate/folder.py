@@ -13,6 +13,8 @@ from curate.errors import InputError
 from curate.manifest.io import CARD, PROVENANCE, REPORT, STAGING
 from curate.manifest.schema import TABLES
 
+HALF = (".writable.", f".{REPORT}.")  # what a build that was killed may have left beside
+
 
 @contextmanager
 def locked(out: Path, cache: Path | None, sources: Mapping[str, Path]) -> Iterator[None]:
@@ -65,8 +67,6 @@ def refuse_foreign(out: Path) -> None:
         raise InputError(f"out {out}: {wrong[0] if wrong else 'a link to nothing'} is in the way of the manifest",
                          remedy="remove it, or choose another folder with out=FOLDER")  # fmt: skip
     if out.is_dir() and not (out / PROVENANCE).is_file():
-        if foreign := sorted(
-            f.name for f in out.iterdir() if f.name not in ours and not f.name.startswith(".writable.")
-        ):
+        if foreign := sorted(f.name for f in out.iterdir() if f.name not in ours and not f.name.startswith(HALF)):
             raise InputError(f"out {out}: the folder holds other files than a manifest ({foreign[0]!r})",
                              remedy="choose a new folder with out=FOLDER")  # fmt: skip

@@ -285,7 +285,7 @@ def _in_words(error: Exception, url: str) -> StorageError:
     """What an error of a file system means, by the names of its classes: the libraries have no base class in common."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     scheme, _, rest = url.partition("://")
-    bucket = f"{scheme}://{rest.split('/')[0]}"
+    bucket = f"{scheme}://{'/'.join(rest.split('/')[: 3 if scheme == 'hf' else 1])}"  # hf://datasets/owner/name
     if kinds & _CREDENTIALS:
         return StorageError(f"{url}: no credentials for {bucket}", f"set {_access(scheme)}")
     if isinstance(error, PermissionError):

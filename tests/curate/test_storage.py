@@ -17,7 +17,9 @@ from curate import claim
 from curate.build import build
 from curate.claim import LOCK, Owner, claimed
 from curate.errors import InputError
+from curate.folder import refuse_foreign
 from curate.manifest import ManifestError, check, read
+from curate.manifest.io import REPORT
 from curate.manifest.remote import Remote, is_url, refuse_secrets
 from curate.overrides import read_overrides
 from curate.storage import Place, fetch
@@ -311,3 +313,11 @@ def test_a_missing_package_names_its_extra(monkeypatch):
         Place("gs://bucket/x")
     with pytest.raises(InputError, match="no storage that fsspec knows"):
         Place("s4://bucket/x")
+
+
+def test_what_a_killed_build_left_is_no_stranger(tmp_path):
+    (tmp_path / f".{REPORT}.4711").touch()  # killed while it wrote the page, and again before provenance.json
+    refuse_foreign(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"other files than a manifest \('thesis.tex'\)"):
+        refuse_foreign(tmp_path)
