@@ -1,9 +1,12 @@
-"""From stage results to the manifest's tables: joins and sorts, no decision."""
+"""From stage results to the manifest's tables: joins and sorts, no decision.
+
+samples and drops, which may be larger than memory, are LazyFrames in the order of their files; nothing here runs them.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +17,6 @@ from curate.augment import why_dropped
 from curate.ingest import TaskRows
 from curate.losses import deciding
 from curate.manifest import Bucket
-from curate.manifest.card import card
 from curate.manifest.schema import (
     DROPS,
     INSTRUCTIONS,
@@ -23,16 +25,18 @@ from curate.manifest.schema import (
     TASKS,
     TOOL_MESSAGE,
 )
+from curate.manifest.tables import Rows, batches, streamed
 from curate.policy import PolicyWork
 
 PACKAGES = ("numpy", "polars", "POT", "scikit-learn", "rouge-score", "scipy", "sentence-transformers", "spacy",
             "spacy-lookups-data", "torch", "transformers")  # fmt: skip
+SLICE = 262_144  # dropped rows that are written at once
 
 
 def assemble(
     tasks: list[TaskRows], made: Mapping[str, Any], work: PolicyWork, facts: Mapping[str, Any]
-) -> tuple[dict[str, pl.DataFrame], dict[str, Any], str]:
-    """(tables, provenance, data card) of a build.
+) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """(tables, provenance) of a build.
 
     Args:
         tasks: the stream, the current task last.
@@ -49,7 +53,7 @@ def assemble(
     places, variance = made.get("map", (None, None))
     instructions = _instructions(tasks, drawn["instructions"], scored, places)
     untagged = _untagged(instructions, scored)
-    frames = {
+    frames: dict[str, Rows] = {
         "samples": _samples(work.rows, instructions, made.get("losses")),
         "completions": work.completions,
         "tasks": _tasks(tasks, drawn["tasks"], instructions, made.get("distances"), untagged),
@@ -64,94 +68,95 @@ def assemble(
     frames["tasks"] = counted(frames)
     facts = {**facts, "map": {"variance": variance}} if variance else facts
     provenance = {**facts, "rehearse": curate.__version__, "packages": _packages(), "python": platform.python_version()}
-    return frames, provenance, card(frames, provenance)
+    return frames, provenance
 
 
-def picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.DataFrame:
-    """The rows of a task that go into samples, sorted by uid: all of the current task, the drawn ones of another."""
+def picked(task: TaskRows, drawn: pl.DataFrame, last: bool) -> pl.LazyFrame:
+    """The rows of a task that go into samples, by uid: all of the current task, the drawn ones of another."""
     rows = task.scan()
     if not last:
-        rows = rows.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="semi")
-    return (
-        rows.collect()
-        .sort("uid")
-        .with_columns(
-            task=pl.lit(task.task.name),
-            stage=pl.lit(task.task.stage, dtype=pl.Int32),
-            origin=pl.lit("current" if last else "replay"),
-            ranked_by=pl.lit(task.task.config.ranked_by),
-        )
+        mine = drawn.lazy().filter(task=task.task.name).select("uid")
+        rows = rows.join(mine, on="uid", how="semi", maintain_order="left")
+    return rows.with_columns(
+        task=pl.lit(task.task.name),
+        stage=pl.lit(task.task.stage, dtype=pl.Int32),
+        origin=pl.lit("current" if last else "replay"),
+        ranked_by=pl.lit(task.task.config.ranked_by),
     )
 
 
-def _samples(rows: pl.DataFrame, instructions: pl.DataFrame, losses: pl.DataFrame | None) -> pl.DataFrame:
-    score = instructions.select(pl.col("uid").alias("instruction_uid"), "tags", "insinfo")
+def _samples(rows: pl.LazyFrame, instructions: pl.DataFrame, losses: pl.DataFrame | None) -> pl.LazyFrame:
+    score = instructions.lazy().select(pl.col("uid").alias("instruction_uid"), "tags", "insinfo")
     rows = rows.drop("tags", "candidates").join(score, on="instruction_uid", how="left", maintain_order="left")
     if losses is not None:
-        named = losses.rename({"uid": "source_uid"})
+        named = losses.lazy().rename({"uid": "source_uid"})
         rows = rows.join(named, on="source_uid", how="left", maintain_order="left")
-    rows = rows.sort("stage", "uid")
     return SAMPLES.fit(_plain_messages(rows).with_columns(weight=pl.lit(1.0)))
 
 
-def with_augmentations(frames: dict[str, pl.DataFrame], theta: float) -> dict[str, pl.DataFrame]:
+def with_augmentations(frames: Mapping[str, Rows], theta: float) -> dict[str, Rows]:
     """`frames` with samples and drops as `augmentations.kept` says; the ones that were there before are replaced."""
-    every, samples = frames["augmentations"], frames["samples"].filter(pl.col("origin") != "augmented")
+    every, samples = frames["augmentations"].lazy().collect(), frames["samples"].lazy()
+    samples = samples.filter(pl.col("origin") != "augmented")
     parents = samples.select(pl.col("uid").alias("parent_uid"), "instruction", "license", "tags", "insinfo")
-    joined = every.join(parents, on="parent_uid", how="left", maintain_order="left")
+    parents = parents.join(every.lazy().select("parent_uid").unique(), on="parent_uid", how="semi")
+    joined = every.join(parents.collect(), on="parent_uid", how="left", maintain_order="left")
     answer = pl.col("completion").list.first().struct.field("content")
     new = joined.filter("kept").with_columns(
         origin=pl.lit("augmented"), references=pl.concat_list(answer), augmentation="template", weight=pl.lit(1.0),
         written_by=pl.lit("policy"),
     )  # fmt: skip
-    new = _like(SAMPLES.fit(new), samples)
+    new = _like(SAMPLES.fit(new), samples).sort("stage", "uid")
     reasons = [why_dropped(fault, theta) for fault in joined.filter(~pl.col("kept"))["fault"]]
-    instruction = frames["instructions"].select("task", "instruction", pl.col("uid").alias("instruction_uid"))
+    instruction = (
+        frames["instructions"].lazy().collect().select("task", "instruction", pl.col("uid").alias("instruction_uid"))
+    )
     out = joined.filter(~pl.col("kept")).with_columns(
         step=pl.lit("augment"), reason=pl.Series(reasons, dtype=pl.String)
     )
     out = out.join(instruction, on=["task", "instruction"], how="left", maintain_order="left")
     # rewrites of one row may be the same text; augmentations.parquet tells them apart by template, a uid cannot
     first = (pl.int_range(pl.len()).over("uid") == 0) & pl.col("uid").is_in(new["uid"].to_list()).not_()
-    drops = frames["drops"].filter(pl.col("step") != "augment")
-    return {
+    drops, added = frames["drops"].lazy().filter(pl.col("step") != "augment"), DROPS.fit(out.filter(first))
+    return {  # a task's rewrites come behind its rows in samples; in drops, where they have no row number, before them
         **frames,
-        "samples": pl.concat([samples, new]).sort("stage", "origin", "uid", descending=[False, True, False]),
-        "drops": pl.concat([drops, DROPS.fit(out.filter(first))]).sort("stage", "row", "uid"),
+        "samples": samples.merge_sorted(new.lazy(), key="stage", maintain_order=True),
+        "drops": added.sort("stage", "uid").lazy().merge_sorted(drops, key="stage", maintain_order=True),
     }
 
 
-def _like(new: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
+def _like(new: pl.DataFrame, samples: pl.LazyFrame) -> pl.DataFrame:
     """Messages in the layout of `samples`, which may carry the fields of tool calls."""
-    if samples.schema["prompt"] == new.schema["prompt"]:
+    if samples.collect_schema()["prompt"] == new.schema["prompt"]:
         return new
     empty = [pl.lit(None, dtype=pl.String).alias(f.name) for f in TOOL_MESSAGE.fields[2:]]
     keep = pl.struct(pl.element().struct.field("role"), pl.element().struct.field("content"), *empty)
     return new.with_columns(pl.col("prompt", "completion").list.eval(keep))
 
 
-def counted(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def counted(frames: Mapping[str, Rows]) -> pl.DataFrame:
     """Tasks with what was augmented, rolled out and sorted into buckets; null where nothing of the kind was done."""
-    tasks = frames["tasks"]
-    if frames["augmentations"].height:
-        kept = frames["augmentations"].group_by("task").agg(augmented=pl.col("kept").sum().cast(pl.Int64))
+    tasks, rewrites = frames["tasks"].lazy().collect(), frames["augmentations"].lazy()
+    kept = rewrites.group_by("task").agg(augmented=pl.col("kept").sum().cast(pl.Int64)).collect()
+    if kept.height:
         tasks = tasks.drop("augmented").join(kept, on="task", how="left", maintain_order="left")
-    rolled = frames["completions"].filter(origin="policy")
-    if rolled.height:
-        counts = rolled.group_by("task").agg(
-            pl.len().cast(pl.Int64).alias("rollouts"),
-            *((pl.col("bucket") == b).sum().cast(pl.Int64).alias(str(b)) for b in Bucket),
-        )
+    rolled = frames["completions"].lazy().filter(origin="policy").group_by("task")
+    counts = rolled.agg(
+        pl.len().cast(pl.Int64).alias("rollouts"),
+        *((pl.col("bucket") == b).sum().cast(pl.Int64).alias(str(b)) for b in Bucket),
+    ).collect()
+    if counts.height:
         tasks = tasks.drop("rollouts", *map(str, Bucket)).join(counts, on="task", how="left", maintain_order="left")
     return TASKS.fit(tasks)
 
 
-def _plain_messages(rows: pl.DataFrame) -> pl.DataFrame:
+def _plain_messages(rows: pl.LazyFrame) -> pl.LazyFrame:
     """{role, content} only, unless some message of the table carries a tool call, its answer, or a name."""
-    messages = pl.concat([rows[c].list.explode(empty_as_null=False) for c in ("prompt", "completion")])
     extras = ("tool_calls", "tool_call_id", "name")
-    if len(messages) and any(messages.struct.field(f).is_not_null().any() for f in extras):
-        return rows
+    for batch in batches(rows.select("prompt", "completion")):
+        messages = pl.concat([batch[c].list.explode(empty_as_null=False) for c in ("prompt", "completion")])
+        if len(messages) and any(messages.struct.field(f).is_not_null().any() for f in extras):
+            return rows
     keep = pl.struct(pl.element().struct.field("role"), pl.element().struct.field("content"))
     return rows.with_columns(pl.col("prompt", "completion").list.eval(keep))
 
@@ -224,32 +229,42 @@ def _drops(
     scored: pl.DataFrame | None,
     losses: pl.DataFrame | None,
     work: PolicyWork,
-) -> pl.DataFrame:
-    """Rows that could not be read, tagged or drawn, and those that on-policy replay left out."""
-    score = instructions.lazy().select(pl.col("uid").alias("instruction_uid"), pl.col("insinfo").alias("score"))
-    every = [work.drops]
-    for task in tasks:
-        stage, name = pl.lit(task.task.stage, dtype=pl.Int32), pl.lit(task.task.name)
-        every.append(task.drops.with_columns(stage=stage))
-        if task is tasks[-1]:
-            continue
-        left = task.scan().select("uid", "row", "instruction_uid")
-        left = left.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="anti")
-        left = left.join(score, on="instruction_uid", how="left").with_columns(task=name, stage=stage)
-        out = left.collect().with_columns(step=pl.lit("sample"), reason=pl.lit("not drawn"))
+) -> pl.LazyFrame:
+    """Rows that could not be read, tagged or drawn, and those that on-policy replay left out; by stage, row and uid."""
+    score = instructions.select(pl.col("uid").alias("instruction_uid"), pl.col("insinfo").alias("score"))
+    if losses is not None:
+        ratio = losses["reference_loss"].null_count() < losses.height
+        value = [deciding(a, b, ratio) for a, b in losses.select("loss", "reference_loss").iter_rows()]
+        losses = losses.select("uid").with_columns(score=pl.Series(value, dtype=pl.Float64).fill_nan(None))
+
+    def told(left: pl.DataFrame) -> pl.DataFrame:
+        """Rows that were not drawn, each with its score and the reason."""
+        out = left.join(score, on="instruction_uid", how="left")
+        out = out.with_columns(step=pl.lit("sample"), reason=pl.lit("not drawn"))
         if losses is not None:
-            ratio = losses["reference_loss"].null_count() < losses.height
-            value = [deciding(a, b, ratio) for a, b in losses.select("loss", "reference_loss").iter_rows()]
-            decided = losses.select("uid").with_columns(score=pl.Series(value, dtype=pl.Float64).fill_nan(None))
-            out = out.drop("score").join(decided, on="uid", how="left")
+            out = out.drop("score").join(losses, on="uid", how="left")
         if scored is not None:
             fault = scored.filter(pl.col("fault").is_not_null()).select(instruction_uid="uid", fault="fault")
             out = out.join(fault, on="instruction_uid", how="left").with_columns(
                 step=pl.when(pl.col("fault").is_null()).then("step").otherwise(pl.lit("tags")),
                 reason=pl.coalesce(pl.lit("its instruction has no tags: ") + pl.col("fault"), "reason"),
             )
-        every.append(DROPS.fit(out))
-    return pl.concat([DROPS.fit(each) for each in every]).sort("stage", "row", "uid")
+        return out
+
+    def of(task: TaskRows) -> Iterator[pl.DataFrame]:
+        stage, name = pl.lit(task.task.stage, dtype=pl.Int32), pl.lit(task.task.name)
+        others = pl.concat([DROPS.fit(task.drops.with_columns(stage=stage)), work.drops.filter(stage=task.task.stage)])
+        left = task.scan().select("row", "uid", "instruction_uid")
+        left = left.join(drawn.lazy().filter(task=task.task.name).select("uid"), on="uid", how="anti")
+        end = 0
+        for part in left.collect().sort("row").iter_slices(SLICE) if task is not tasks[-1] else ():
+            start, end = end, part["row"][-1]
+            between = others.filter(pl.col("row").is_between(start, end, closed="right"))
+            out = DROPS.fit(told(part).with_columns(task=name, stage=stage))
+            yield pl.concat([out, between]).sort("row", "uid")
+        yield others.filter(pl.col("row") > end).sort("row", "uid")
+
+    return streamed(lambda: (frame for task in tasks for frame in of(task)), DROPS.schema)
 
 
 def _packages() -> dict[str, str]:

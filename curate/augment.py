@@ -63,7 +63,7 @@ def last_user(messages: Sequence[Message]) -> int:
     return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
 
 
-def rewritable(rows: pl.DataFrame) -> pl.DataFrame:
+def rewritable(rows: pl.LazyFrame) -> pl.LazyFrame:
     """Rows with a user message that is not blank, and without tools: a rewrite holds {role, content} only."""
     message, blank = pl.element().struct, r"^\s*$"
     tool = pl.col("prompt").list.eval(message.field("tool_calls").is_not_null() | (message.field("role") == "tool"))

@@ -33,6 +33,7 @@ from curate.ingest import VERSION as READ_VERSION
 from curate.ingest import Task, TaskRows, ingest, row_texts
 from curate.losses import losses, pairs
 from curate.manifest import Manifest, ManifestError, read, write
+from curate.manifest.card import card
 from curate.manifest.io import REPORT, read_provenance
 from curate.manifest.licences import warning
 from curate.manifest.schema import SCHEMA_VERSION
@@ -51,7 +52,7 @@ from curate.vocabulary import phrases_of, score, tag
 
 DISTANCE_VERSION = 1
 SAMPLE_VERSION = 2
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 
 
 def build(
@@ -393,7 +394,7 @@ class Build:
     def ask_policy(self, tasks: list[TaskRows], made: Mapping[str, Any]) -> PolicyWork:
         """The stages between the draw and the manifest."""
         drawn = pl.read_parquet(made["sample"] / "rows.parquet", glob=False)
-        rows = pl.concat([picked(task, drawn, last=task is tasks[-1]) for task in tasks])
+        rows = pl.concat([picked(task, drawn, last=task is tasks[-1]) for task in tasks])  # not loaded
         rollouts = self.config.rollouts
         stages = PolicyStages(
             self.config, self.policy,
@@ -436,13 +437,13 @@ class Build:
             with self.screen.stage("manifest", None, "rows") as advance:
                 if self.needs(tasks) & {"distance", "vectors"}:
                     made["map"] = self.map(tasks)
-                frames, provenance, card = assemble(tasks, made, work, {"build_key": key, **facts})
-                write(self.out, frames, provenance, card)
-                advance(frames["samples"].height)
-            manifest = read(self.out)
+                frames, provenance = assemble(tasks, made, work, {"build_key": key, **facts})
+                write(self.out, frames, provenance, partial(card, provenance=provenance))
+                manifest = read(self.out)
+                advance(manifest.height("samples"))
         if (granted := int(manifest.tasks["granted"].sum())) < asked:
             self.screen.note(f"{granted:,} of {asked:,} rows granted; `reason` in tasks.parquet says why for each task")
-        if restricted := warning(manifest.samples):
+        if restricted := warning(manifest.scan("samples")):
             self.screen.note(restricted)
         return manifest
 
@@ -453,7 +454,7 @@ class Build:
             return
         with self.screen.stage("report", None, "rows") as advance:
             write_report(manifest)
-            advance(manifest.samples.height)
+            advance(manifest.height("samples"))
 
     def upload(self) -> None:
         """Stage upload, where `out` is a URL: what does not lie there yet."""

@@ -75,6 +75,7 @@ def build(
     with _errors(resumable=not dry_run):
         from curate.build import Build
         from curate.config import BuildConfig
+        from curate.manifest.tables import counts
         from curate.plan import plan, plan_table
         from curate.screen import Silent, Terminal, policy_table, task_table
 
@@ -85,13 +86,14 @@ def build(
             _print(plan_table(steps), {"plan": [vars(s) for s in steps]}, quiet, as_json)
             return
         manifest = job.run()
+        origins = counts(manifest.scan("samples"), "origin")
         summary = {
             "manifest": job.place.shown,
             "tasks": manifest.tasks.to_dicts(),
-            "samples": manifest.samples.height,
-            "replay": (manifest.samples["origin"] == "replay").sum(),
-            "augmented": (manifest.samples["origin"] == "augmented").sum(),
-            "completions": manifest.completions.height,
+            "samples": sum(origins.values()),
+            "replay": origins.get(("replay",), 0),
+            "augmented": origins.get(("augmented",), 0),
+            "completions": manifest.height("completions"),
         }
         _print(task_table(manifest), summary, quiet, as_json)
         if not as_json and (table := policy_table(manifest)) is not None:

@@ -69,9 +69,10 @@ class Pools:
     def of(self, task: TaskRows) -> tuple[Pool, pl.DataFrame]:
         """A task's pool, and its rows that can be drawn; both sorted by uid."""
         instructions = task.instructions.with_row_index("index")
-        index = task.scan().select("uid", "instruction_uid").collect().sort("uid")
-        index = index.join(instructions.select("index", pl.col("uid").alias("instruction_uid")), on="instruction_uid",
-                           how="left", maintain_order="left")  # fmt: skip
+        number = instructions.lazy().select("index", pl.col("uid").alias("instruction_uid"))
+        rows = task.scan().select("uid", "instruction_uid")
+        rows = rows.join(number, on="instruction_uid", how="left", maintain_order="left")
+        index = rows.select("uid", "index").collect()
         scores = clusters = None
         if self.scored is not None:
             mine = instructions.join(self.scored, on="uid", how="left", maintain_order="left")
@@ -80,9 +81,9 @@ class Pools:
             index = index.filter(pl.col("index").is_in(untagged.to_list()).not_())
             if self.config.replay.unit == "tag_cluster":
                 clusters = mine["rarest"].fill_null("").rank("dense").to_numpy().astype(np.int64) - 1
-        rows = index["index"].to_numpy().astype(np.int64)
+        of = index["index"].to_numpy().astype(np.int64)
         row_vectors = self.embeddings.of(row_texts(task)) if "row_vectors" in self.selector.needs else None
-        pool = Pool(task.task.name, rows, self.vectors(task), row_vectors, scores, clusters, self.row_scores(index),
+        pool = Pool(task.task.name, of, self.vectors(task), row_vectors, scores, clusters, self.row_scores(index),
                     instructions.height)  # fmt: skip
         return pool, index
 

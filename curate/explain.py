@@ -12,6 +12,7 @@ from curate.errors import InputError
 from curate.manifest import Manifest, Rule, Stats, sequence_logp
 
 Row = dict[str, Any]
+PLACES = ("samples", "completions", "drops")  # where a uid may be
 SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
 
 
@@ -26,13 +27,13 @@ def explain(manifest: Manifest, uid: str) -> str:
         InputError: no row has this uid, or several rows begin so.
     """
     uid = _whole(manifest, uid)
-    sample, completion = manifest.samples.filter(uid=uid), manifest.completions.filter(uid=uid)
+    sample, completion, drop = (manifest.scan(name).filter(uid=uid).collect() for name in PLACES)
     try:
         if completion.height:
             return "\n".join(_answer(manifest, completion.row(0, named=True)))
         if sample.height:
             return "\n".join(_in(manifest, sample.row(0, named=True)))
-        return "\n".join(_out(manifest, manifest.drops.filter(uid=uid).row(0, named=True)))
+        return "\n".join(_out(manifest, drop.row(0, named=True)))
     except (TypeError, ValueError, LookupError, ArithmeticError, pl.exceptions.PolarsError):
         raise InputError(f"{manifest.folder}: the tables do not fit together, so row {uid} cannot be explained",
                          remedy=f"`curate check {manifest.folder}` says what is wrong") from None  # fmt: skip
@@ -42,8 +43,8 @@ def _whole(manifest: Manifest, uid: str) -> str:
     if len(uid) < SHORTEST:
         raise InputError(f"uid {uid!r}: give at least {SHORTEST} digits")
     begins = pl.col("uid").str.starts_with(uid.lower())
-    tables = (manifest.samples, manifest.completions, manifest.drops)
-    found = sorted(set().union(*(table.filter(begins)["uid"] for table in tables)))
+    tables = (manifest.scan(name).filter(begins).select("uid").collect() for name in PLACES)
+    found = sorted(set().union(*(table["uid"] for table in tables)))
     if not found:
         raise InputError(
             f"uid {uid!r} is in none of samples.parquet, completions.parquet and drops.parquet of {manifest.folder}",
@@ -96,7 +97,7 @@ def _answer(m: Manifest, row: Row) -> Iterator[str]:
     elif row["bucket"] is not None and "rule" in facts:
         rule = Rule(**facts["rule"])
         populations = {name: Stats(**moments) for name, moments in facts["statistics"].items()}
-        z_p, z_r = rule.z(m.completions.filter(uid=row["uid"]), populations).row(0)
+        z_p, z_r = rule.z(m.scan("completions").filter(uid=row["uid"]).collect(), populations).row(0)
         yield f"Bucket: {row['bucket']}, as z_P = {z_p:+.2f} and z_R = {z_r:+.2f} against k = {rule.k:g}."
 
 
@@ -163,7 +164,7 @@ class Story:
 
 def _policy(m: Manifest, sample: Row) -> Iterator[str]:
     """What the policy made of the row: whose answer it carries, its rollouts and their buckets, its rewrites."""
-    rolled = m.completions.filter(prompt_uid=sample["uid"], origin="policy")
+    rolled = m.scan("completions").filter(prompt_uid=sample["uid"], origin="policy").collect()
     if sample["written_by"] == "policy":
         mine = rolled.filter(text=sample["completion"][0]["content"])["reward"].max()
         yield (

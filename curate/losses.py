@@ -21,7 +21,7 @@ LOSSES = {"uid": pl.String, "loss": pl.Float64}
 
 def pairs(task: TaskRows) -> list[Any]:
     """(prompt, the source's answer) of every row of a task, by uid."""
-    rows = task.scan().select("uid", "prompt", "completion", "tools").collect().sort("uid")
+    rows = task.scan().select("uid", "prompt", "completion", "tools").collect()
     return [(prompt_of(row), row["completion"]) for row in rows.iter_rows(named=True)]
 
 

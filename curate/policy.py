@@ -30,10 +30,10 @@ from curate.store import Store
 class PolicyWork:
     """What the stages made of the rows of a build.
 
-    `rows` are those that go into samples, by their final uid; `source_uid` is the one that they were read with.
+    `rows` are those that go into samples, by stage and final uid; `source_uid` is the one that they were read with.
     """
 
-    rows: pl.DataFrame
+    rows: pl.LazyFrame
     completions: pl.DataFrame
     augmentations: pl.DataFrame
     drops: pl.DataFrame
@@ -65,15 +65,19 @@ class PolicyStages:
         self._reward, self._embeddings = reward, embeddings
         self.facts: dict[str, Any] = {}
 
-    def run(self, rows: pl.DataFrame, tasks: Sequence[TaskRows]) -> PolicyWork:
-        """All stages over `rows`: uid, task, stage, origin and the columns of `curate.ingest.ROWS`."""
+    def run(self, rows: pl.LazyFrame, tasks: Sequence[TaskRows]) -> PolicyWork:
+        """All stages over `rows`: uid, task, stage, origin and the columns of `curate.ingest.ROWS`; by stage and uid.
+
+        Only rows that the policy is asked about are loaded.
+        """
         rows = rows.with_columns(source_uid=pl.col("uid"), written_by=pl.lit("gold"))
         if self.config.replay.completions == "gold":
             self.to_rewrite(rows)  # a prompt that is too long is found out before the first answer is waited for
         rolled, drops = self.roll(rows), DROPS.empty()
         gold = pl.DataFrame(schema={"source_uid": pl.String, "text": pl.String})
         if rolled is not None and self.config.replay.completions == "policy":
-            rows, gold, drops = on_policy(rows, rolled, self.config)
+            replayed, gold, drops = on_policy(rows.filter(origin="replay").collect(), rolled, self.config)
+            rows = pl.concat([replayed.sort("stage", "uid").lazy(), rows.filter(origin="current")])
             self.facts["on_policy"] = {"replaced": gold.height, "dropped": drops.height}
             if drops.height:
                 self.screen.note(f"{drops.height:,} drawn rows are left out: the policy has no good answer to them "
@@ -84,7 +88,7 @@ class PolicyStages:
 
     # --- rollouts ---
 
-    def roll(self, rows: pl.DataFrame) -> pl.DataFrame | None:
+    def roll(self, rows: pl.LazyFrame) -> pl.DataFrame | None:
         """Stages rollouts and rewards: the table ROLLOUTS with reward; None where none are asked for."""
         config, seed = self.config.rollouts, self.config.seed
         if config is None or self.policy is None:
@@ -130,7 +134,7 @@ class PolicyStages:
         }  # fmt: skip
         return rolled
 
-    def to_roll(self, rows: pl.DataFrame) -> pl.DataFrame:
+    def to_roll(self, rows: pl.LazyFrame) -> pl.DataFrame:
         """Rows whose prompts are answered: all replayed ones where their answers are to be the policy's."""
         config, seed = self.config.rollouts, self.config.seed
         assert config is not None
@@ -142,16 +146,18 @@ class PolicyStages:
 
     # --- completions ---
 
-    def completions(self, rows: pl.DataFrame, rolled: pl.DataFrame | None, gold: pl.DataFrame) -> pl.DataFrame:
+    def completions(self, rows: pl.LazyFrame, rolled: pl.DataFrame | None, gold: pl.DataFrame) -> pl.DataFrame:
         """The manifest's table: answers that the data brings, answers that gave way to rollouts, rollouts."""
-        kept = rows.select("source_uid", "task", "stage", "ranked_by")
         parts = [self.brought(rows), gold.with_columns(origin=pl.lit("gold"))]
         if rolled is not None:
-            parts.append(self.judged(rolled.join(kept.select("source_uid"), on="source_uid", how="semi"), rows))
+            kept = rows_of(rolled, rows.select("source_uid"))
+            parts.append(self.judged(rolled.join(kept, on="source_uid", how="semi"), rows))
         parts.append(pl.DataFrame(schema={"number": pl.Int32}))
-        every = pl.concat(parts, how="diagonal").join(kept, on="source_uid", how="left", maintain_order="left")
+        every = pl.concat(parts, how="diagonal")
+        kept = rows_of(every, rows.select("source_uid", "uid", "task", "stage", "ranked_by"))
+        every = every.join(kept.drop("uid"), on="source_uid", how="left", maintain_order="left")
         every = every.with_columns(origin=pl.coalesce("origin", "ranked_by"))
-        final = dict(rows.select("source_uid", "uid").iter_rows())
+        final = dict(kept.select("source_uid", "uid").iter_rows())
         every = candidates.with_uids(every, final).sort("stage", "prompt_uid", "origin", "rank", "number", "uid",
                                                        nulls_last=True)  # fmt: skip
         return COMPLETIONS.fit(self.by_hand(every))
@@ -171,10 +177,10 @@ class PolicyStages:
         new = pl.col("uid").replace_strict(applied, default=None, return_dtype=pl.String)
         return every.with_columns(bucket=pl.coalesce(pl.when(pl.col("uid").is_in(mine)).then(new), "bucket"))
 
-    def brought(self, rows: pl.DataFrame) -> pl.DataFrame:
+    def brought(self, rows: pl.LazyFrame) -> pl.DataFrame:
         """Ranked answers of the data, with log-probabilities where there is a policy that can measure them."""
-        sources = rows.with_columns(uid="source_uid")
-        answers = candidates.brought(sources).rename({"score": "reward"})
+        ranked = rows.filter(pl.col("candidates").list.len() > 0).with_columns(uid="source_uid")
+        answers = candidates.brought(ranked.select("uid", "candidates").collect()).rename({"score": "reward"})
         scored = answers.with_columns(
             reward_id=pl.when(pl.col("reward").is_not_null()).then(pl.lit("source score")),
             origin=pl.lit(None, dtype=pl.String),
@@ -184,6 +190,7 @@ class PolicyStages:
         if not self.policy.scores:
             self.screen.note("log-probabilities of the data's ranked answers are not measured: a server cannot")
             return scored
+        sources = ranked.collect()
         pairs = candidates.pairs_of(answers, sources)
         with self.stage("score", self.policy.to_score(pairs), len(pairs), "answers") as done:
             found = self.policy.score(pairs, done)
@@ -199,9 +206,10 @@ class PolicyStages:
         self.facts["scored"] = {"answers": len(pairs), "skipped": out}
         return self._by_policy(candidates.measured(scored, found))
 
-    def judged(self, rolled: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    def judged(self, rolled: pl.DataFrame, rows: pl.LazyFrame) -> pl.DataFrame:
         """Rollouts with rank, similarity, side and bucket."""
-        config, sources = self.config.candidates, rows.with_columns(uid="source_uid")
+        config = self.config.candidates
+        sources = rows_of(rolled, rows.select("source_uid", "task", "references")).with_columns(uid="source_uid")
         sampling = self.config.rollouts
         assert sampling is not None
         found = self._by_policy(rolled).with_columns(
@@ -222,7 +230,7 @@ class PolicyStages:
             self.facts["similarity"] = {"embedder": embeddings.embedder.fingerprint, "threshold": config.threshold}
         buckets = self.config.buckets
         rule = Rule(buckets.k, buckets.logp, buckets.population)
-        tasked = found.join(rows.select("source_uid", "task"), on="source_uid", how="left", maintain_order="left")
+        tasked = found.join(sources.select("source_uid", "task"), on="source_uid", how="left", maintain_order="left")
         bucket, stats = rule.assign(tasked)
         self.facts["buckets"] = {"rule": asdict(rule), "statistics": {name: asdict(s) for name, s in stats.items()}}
         return found.with_columns(bucket=bucket)
@@ -239,7 +247,7 @@ class PolicyStages:
 
     # --- augmentation ---
 
-    def augmented(self, rows: pl.DataFrame, tasks: Sequence[TaskRows]) -> pl.DataFrame:
+    def augmented(self, rows: pl.LazyFrame, tasks: Sequence[TaskRows]) -> pl.DataFrame:
         """Stage augment: every rewrite with its scores, kept or not, as the manifest's table."""
         config, seed = self.config.augment, self.config.seed
         if config is None or self.policy is None:
@@ -271,9 +279,10 @@ class PolicyStages:
             **asdict(sampling), "templates": augment.templates_of(config), "corpus": len(texts), "theta": config.theta,
             "skipped": sorted(skipped), **self._usage(pl.DataFrame([vars(c) for c in every], infer_schema_length=None)),
         }  # fmt: skip
-        return finish_augmentations(frame, rows, config.theta)
+        parents = pl.DataFrame({"uid": frame["parent_uid"].unique()}).lazy()
+        return finish_augmentations(frame, rows.join(parents, on="uid", how="semi").collect(), config.theta)
 
-    def to_rewrite(self, rows: pl.DataFrame) -> tuple[list[augment.Question], list[str]]:
+    def to_rewrite(self, rows: pl.LazyFrame) -> tuple[list[augment.Question], list[str]]:
         """(what the policy is asked to rewrite, uids of what is too long for it)."""
         config = self.config.augment
         if config is None or self.policy is None:
@@ -307,6 +316,11 @@ class PolicyStages:
         else:
             with self.screen.stage(name, left, unit) as advance:
                 yield advance
+
+
+def rows_of(answers: pl.DataFrame, rows: pl.LazyFrame) -> pl.DataFrame:
+    """Those of `rows` that some answers are of, by `source_uid`."""
+    return rows.join(answers.lazy().select("source_uid").unique(), on="source_uid", how="semi").collect()
 
 
 def on_policy(

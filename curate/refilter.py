@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from curate.assemble import counted, with_augmentations
@@ -44,7 +45,7 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
     place = Place(out if out is not None else run)
     with place.claimed({}), locked(place.folder, None, {}):
         frames, provenance = _decided(manifest, float(theta))
-        write(place.folder, frames, provenance, card(frames, provenance))
+        write(place.folder, frames, provenance, partial(card, provenance=provenance))
         moved = read(place.folder)
         write_report(moved)
         place.publish()
@@ -52,8 +53,8 @@ def refilter(run: str | os.PathLike[str], theta: float, out: str | os.PathLike[s
 
 
 def _decided(manifest: Manifest, theta: float) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    frames = {name: getattr(manifest, name) for name in TABLES}
-    frames["augmentations"] = decided(frames["augmentations"], theta)
+    frames: dict[str, Any] = {name: manifest.scan(name) for name in TABLES}
+    frames["augmentations"] = decided(manifest.augmentations, theta)
     frames = with_augmentations(frames, theta)
     frames["tasks"] = counted(frames)
     kept = {key: value for key, value in manifest.provenance.items() if key not in DERIVED}

@@ -44,22 +44,28 @@ def prompt_of(row: dict[str, Any]) -> Prompt:
 
 
 def some_rows(
-    rows: pl.DataFrame, origins: Sequence[str], per_task: int | None, seed: int, purpose: str
+    rows: pl.DataFrame | pl.LazyFrame, origins: Sequence[str], per_task: int | None, seed: int, purpose: str
 ) -> pl.DataFrame:
     """Rows with a prompt, of these origins, at most `per_task` a task; drawn uniformly, the same in any row order."""
-    able = rows.filter(pl.col("origin").is_in(list(origins)) & (pl.col("prompt").list.len() > 0)).sort("uid")
+    able = rows.lazy().filter(pl.col("origin").is_in(list(origins)) & (pl.col("prompt").list.len() > 0))
     if per_task is None:
-        return able
-    parts = []
-    for (task, stage), part in sorted(able.group_by("task", "stage"), key=lambda item: item[0][1]):
-        part, n = part.sort("uid"), min(per_task, part.height)
+        return able.collect().sort("uid")
+    parts = [pl.DataFrame(schema={"uid": pl.String})]
+    every = able.select("uid", "task", "stage").collect().sort("uid")  # the texts of those that are drawn only
+    for (task, stage), part in every.group_by("task", "stage", maintain_order=True):
         rng = seeded(seed, int(stage), f"{purpose}/{task}")
-        parts.append(part[sorted(rng.choice(part.height, n, replace=False).tolist())])
-    return pl.concat([able.clear(), *parts])
+        drawn = rng.choice(part.height, min(per_task, part.height), replace=False)
+        parts.append(part.select("uid")[sorted(drawn.tolist())])
+    return able.join(pl.concat(parts).lazy(), on="uid", how="semi").collect().sort("stage", "uid")
 
 
 def that_fit(
-    rows: pl.DataFrame, prompts: Sequence[Prompt], policy: Generator, tokens: int, too_long: str, what: str
+    rows: pl.DataFrame | pl.LazyFrame,
+    prompts: Sequence[Prompt],
+    policy: Generator,
+    tokens: int,
+    too_long: str,
+    what: str,
 ) -> tuple[list[int], list[str]]:
     """(indices of the prompts that leave the policy room for `tokens`, uids of the others).
 
@@ -71,8 +77,8 @@ def that_fit(
         if room is None or room >= tokens:
             found.append(i)
             continue
-        row = rows.filter(uid=prompt.uid.partition("/")[0]).row(0, named=True)
         if too_long == "error":
+            row = rows.lazy().filter(uid=prompt.uid.partition("/")[0]).collect().row(0, named=True)
             raise InputError(
                 f"task {row['task']!r}: row {row['row']}: its prompt leaves the policy room for {max(0, room)} tokens, "
                 f"{what} may take {tokens}",

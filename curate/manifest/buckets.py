@@ -16,6 +16,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from curate.manifest.tables import Rows, batches
+
 
 class Bucket(StrEnum):
     """The five classes, named as in CPPO."""
@@ -78,6 +80,14 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
     >>> classify([2.0, 2.0, -2.0, 0.5], [2.0, -2.0, 2.0, 9.0], population, k=0.5).tolist()
     ['high_performance', 'overfitting', 'high_variance', 'normal']
     """
+    return np.array(NAMES)[_places(logp, reward, stats, k)]
+
+
+NAMES = [str(bucket) for bucket in Bucket]
+
+
+def _places(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDArray[np.uint8]:
+    """Bucket of every row as its place in `NAMES`."""
     if not k >= 0:
         raise ValueError(f"k must be ≥ 0, not {k}")
     z_p, z_r = (np.round(z, 9) for z in stats.z(logp, reward))
@@ -88,7 +98,8 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
             ((z_p < -k) & (z_r > k), Bucket.HIGH_VARIANCE),
             ((z_p < -k) & (z_r < -k), Bucket.NOISY),
         ]
-    return np.select([where for where, _ in rules], [str(b) for _, b in rules], default=str(Bucket.NORMAL))
+    places = [np.uint8(NAMES.index(bucket)) for _, bucket in rules]
+    return np.select([where for where, _ in rules], places, default=np.uint8(NAMES.index(Bucket.NORMAL)))
 
 
 @dataclass(frozen=True)
@@ -102,20 +113,20 @@ class Rule:
     logp: Literal["mean", "sum"] = "mean"
     population: Literal["task", "all", "batch"] = "task"
 
-    def assign(self, completions: pl.DataFrame) -> tuple[pl.Series, dict[str, Stats]]:
+    def assign(self, completions: Rows) -> tuple[pl.Series, dict[str, Stats]]:
         """(bucket of every row, moments of every population).
 
         Args:
-            completions: rows of the manifest's table that were sampled: task, batch, token_logps, reward.
+            completions: rows of the manifest's table that were sampled: task, batch, token_logps, reward. Of a
+                LazyFrame a batch is held, and beside it 40 bytes a row.
         """
-        p, r, names = self._measured(completions)
-        bucket, stats = np.full(len(p), str(Bucket.NORMAL), object), dict[str, Stats]()
-        populations, of = np.unique(np.array(names, dtype=str), return_inverse=True)
-        order, starts = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=len(populations)))[:-1]
-        for name, mine in zip(populations.tolist(), np.split(order, starts), strict=False):
+        p, r, of, populations = self._measured(completions)
+        place, stats = np.zeros(len(p), np.uint8), dict[str, Stats]()
+        for name in sorted(populations):
+            mine = np.flatnonzero(of == populations[name])
             stats[name] = Stats.of(p[mine], r[mine])
-            bucket[mine] = classify(p[mine], r[mine], stats[name], self.k)
-        return pl.Series("bucket", bucket.tolist(), dtype=pl.String), stats
+            place[mine] = _places(p[mine], r[mine], stats[name], self.k)
+        return pl.Series("bucket", NAMES, dtype=pl.String).gather(place), stats
 
     def z(self, completions: pl.DataFrame, stats: Mapping[str, Stats] | None = None) -> pl.DataFrame:
         """(z_P, z_R) of every row, as columns z_p and z_r: where a rollout lies on the plane of the buckets.
@@ -132,18 +143,26 @@ class Rule:
         [(1.0, -1.0), (-1.0, 1.0)]
         """
         stats = self.assign(completions)[1] if stats is None else stats
-        p, r, names = self._measured(completions)
-        z = [stats[name].z([x], [y]) for name, x, y in zip(names, p, r, strict=True)]
-        return pl.DataFrame(
-            {"z_p": [float(a[0]) for a, _ in z], "z_r": [float(b[0]) for _, b in z]},
-            schema={"z_p": pl.Float64, "z_r": pl.Float64},
-        )
+        p, r, of, populations = self._measured(completions)
+        z_p, z_r = np.zeros(len(p)), np.zeros(len(p))
+        for name, number in populations.items():
+            mine = of == number
+            z_p[mine], z_r[mine] = stats[name].z(p[mine], r[mine])
+        return pl.DataFrame({"z_p": z_p, "z_r": z_r})
 
-    def _measured(self, completions: pl.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
-        """(P, R, name of the population) of every row; NaN where there is none."""
-        p = np.array([sequence_logp(row, self.logp) for row in completions["token_logps"].to_list()], np.float64)
-        r = completions["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
-        return p, r, ["all"] * len(p) if self.population == "all" else [str(n) for n in completions[self.population]]
+    def _measured(
+        self, completions: Rows
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int32], dict[str, int]]:
+        """(P, R, number of the population) of every row, NaN where there is none; numbers of the populations."""
+        population = pl.lit("all") if self.population == "all" else pl.col(self.population)
+        populations, parts = dict[str, int](), [(np.zeros(0), np.zeros(0), np.zeros(0, np.int32))]
+        for batch in batches(completions.lazy().select("token_logps", "reward", population.alias("population"))):
+            p = np.array([sequence_logp(row, self.logp) for row in batch["token_logps"].to_list()], np.float64)
+            r = batch["reward"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+            of = [populations.setdefault(str(name), len(populations)) for name in batch["population"]]
+            parts.append((p, r, np.array(of, np.int32)))
+        p, r, number = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return p, r, number, populations
 
 
 def sequence_logp(token_logps: Sequence[float] | None, reduce: Literal["mean", "sum"] = "mean") -> float:

@@ -17,6 +17,7 @@ from curate.manifest.card_terms import citation, considerations, licences
 from curate.manifest.licences import hub_ids
 from curate.manifest.markdown import code, escape, printable, real, table
 from curate.manifest.schema import MESSAGE, TABLES, Table
+from curate.manifest.tables import Rows, counts, height, value
 
 SIZES = (
     (1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"),
@@ -36,21 +37,21 @@ samples = load_dataset("PATH/OF/THIS/FOLDER", "samples", split="train")
 Not for evaluation: the rows were drawn to be trained on, and their numbers are not those of the sources."""
 
 
-def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
-    """The whole card as Markdown."""
-    config = provenance["config"]
+def card(frames: Mapping[str, Rows], provenance: Mapping[str, Any]) -> str:
+    """The whole card as Markdown. Of tables that may be large only figures are taken."""
+    config, tasks = provenance["config"], frames["tasks"].lazy().collect()
     parts = [
         _front_matter(frames, provenance),
         f"# {escape(config['name'])}",
-        _summary(frames, provenance),
+        _summary(frames["samples"], tasks, provenance),
         "## Uses",
         USES,
         "## The stream",
-        _stream(frames["tasks"]),
+        _stream(tasks),
         "## Structure",
         _structure(frames),
         "## How rows were chosen",
-        _method(frames, provenance),
+        _method(frames["tags"].lazy().collect(), tasks, provenance),
         *policy_sections(frames, provenance),
         "## What was left out",
         _left_out(frames["drops"]),
@@ -66,21 +67,22 @@ def card(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def part_card(title: str, text: str, frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+def part_card(title: str, text: str, frames: Mapping[str, Rows], provenance: Mapping[str, Any]) -> str:
     """The card of some prompts of a manifest: so much that `datasets` loads it."""
     return f"{_front_matter(frames, provenance)}\n\n# {escape(title)}\n\n{escape(text)}\n"
 
 
-def _front_matter(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+def _front_matter(frames: Mapping[str, Rows], provenance: Mapping[str, Any]) -> str:
     """The YAML block of the hub's conventions: what tables and provenance know, and nothing that they do not.
 
     The language is not among it. JSON is YAML, so a name of the data is quoted as JSON.
     """
     samples, completions = frames["samples"], frames["completions"]
-    names = sorted({name for name in samples["license"] if name is not None})
-    ids = sorted({each for name in samples["license"].unique() for each in hub_ids(name)})
-    written = samples["written_by"].eq_missing("policy").any() or completions["origin"].eq_missing("policy").any()
-    judged = bool(frames["tags"].height) or completions["bucket"].is_not_null().any()
+    stated = [name for (name,) in counts(samples, "license")]
+    names = [name for name in stated if name is not None]
+    ids = sorted({each for name in stated for each in hub_ids(name)})
+    written = ("policy",) in counts(samples, "written_by") or ("policy",) in counts(completions, "origin")
+    judged = height(frames["tags"]) or value(completions, pl.col("bucket").count())
     hubs = {n.removeprefix("hub:").split("@")[0] for i in provenance["inputs"] for n in i["files"] if n[:4] == "hub:"}
     facts: dict[str, Any] = {"pretty_name": provenance["config"]["name"]}
     if ids:
@@ -90,23 +92,23 @@ def _front_matter(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, A
     facts |= {
         "annotations_creators": ["found", "machine-generated"] if judged else ["found"],
         "language_creators": ["found", "machine-generated"] if written else ["found"],
-        "size_categories": [_size(samples.height)],
+        "size_categories": [_size(height(samples))],
         **({"source_datasets": [f"extended|{name}" for name in sorted(hubs)]} if hubs else {}),
         "task_categories": ["text-generation"],
         "tags": ["continual-learning", "replay", "instruction-tuning", *_kinds(completions)],
     }
     lines = [f"{key}: {_quoted(value)}" for key, value in facts.items()] + ["configs:"]
     for each in TABLES.values():
-        if frames[each.name].height:
+        if height(frames[each.name]):
             lines += [f"- config_name: {each.name}", f"  data_files: {each.file}"]
             lines += ["  default: true"] if each.name == "samples" else []
     return "\n".join(["---", *lines, "---"])
 
 
-def _kinds(completions: pl.DataFrame) -> list[str]:
+def _kinds(completions: Rows) -> list[str]:
     found = [
-        ("preference", completions["rank"].is_not_null().any()),
-        ("rollouts", (completions["origin"] == "policy").any()),
+        ("preference", value(completions, pl.col("rank").count())),
+        ("rollouts", ("policy",) in counts(completions, "origin")),
     ]
     return [name for name, there in found if there]
 
@@ -122,9 +124,9 @@ def _size(n: int) -> str:
     return next((name for limit, name in SIZES if n < limit), "n>1B")
 
 
-def _summary(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
-    samples, tasks = frames["samples"], frames["tasks"].sort("stage")
-    origins = {name: (samples["origin"] == name).sum() for name in ("current", "replay", "augmented")}
+def _summary(samples: Rows, tasks: pl.DataFrame, provenance: Mapping[str, Any]) -> str:
+    found, tasks = counts(samples, "origin"), tasks.sort("stage")
+    origins = {name: found.get((name,), 0) for name in ("current", "replay", "augmented")}
     return (
         f"Training data for the task **{escape(tasks['task'][-1])}**, number {tasks.height} of a stream: "
         f"{origins['current']:,} rows of it, and {origins['replay']:,} rows of the tasks before it, replayed so that "
@@ -149,12 +151,11 @@ def _stream(tasks: pl.DataFrame) -> str:
     return table(header, rows) + "\n\n" + note
 
 
-def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+def _method(tags: pl.DataFrame, tasks: pl.DataFrame, provenance: Mapping[str, Any]) -> str:
     config, replay = provenance["config"], provenance["replay"]
-    tags = frames["tags"]
     lines = [
         f"- Selector `{replay['selector']}`: {replay['about']}.",
-        f"- Budget: {replay['asked']:,} rows asked, {frames['tasks']['granted'].sum():,} granted.",
+        f"- Budget: {replay['asked']:,} rows asked, {tasks['granted'].sum():,} granted.",
         f"- Seed: {config['seed']}.",
     ]
     if provenance["embedder"]:
@@ -172,21 +173,20 @@ def _method(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -
     return "\n".join(lines)
 
 
-def _left_out(drops: pl.DataFrame) -> str:
-    if not drops.height:
+def _left_out(drops: Rows) -> str:
+    rows = [[step, escape(reason), n] for (step, reason), n in counts(drops, "step", "reason").items()]
+    if not rows:
         return "Nothing: every source row is in `samples.parquet`."
-    counts = drops.group_by("step", "reason").len().sort("step", "reason")
-    rows = [[step, escape(reason), n] for step, reason, n in counts.iter_rows()]
     return table(["step", "reason", "rows"], rows) + "\n\nEach row is in `drops.parquet`."
 
 
-def _structure(frames: Mapping[str, pl.DataFrame]) -> str:
+def _structure(frames: Mapping[str, Rows]) -> str:
     """The files, and every column of those that have rows."""
-    rows = [[f"`{t.file}`", f"one {t.row} a row", f"{frames[t.name].height:,}"] for t in TABLES.values()]
+    rows = [[f"`{t.file}`", f"one {t.row} a row", f"{height(frames[t.name]):,}"] for t in TABLES.values()]
     parts = [table(["file", "holds", "rows"], rows)]
     parts += ["A file is a configuration, with one split, `train`. Files without rows have none."]
     for each in TABLES.values():
-        if frames[each.name].height:
+        if height(frames[each.name]):
             parts += [f"### {each.name}", _columns(each)]
     return "\n\n".join(parts)
 

@@ -10,12 +10,13 @@ import polars as pl
 
 from curate.manifest.buckets import Bucket
 from curate.manifest.markdown import code, escape, real, table
+from curate.manifest.tables import Rows, counts
 
 CURVE = (0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # thresholds of the curve, beside the chosen one
 BAR = 30  # characters of a full bar
 
 
-def policy_sections(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> list[str]:
+def policy_sections(frames: Mapping[str, Rows], provenance: Mapping[str, Any]) -> list[str]:
     """Headings and texts, in order; none where no model was asked."""
     parts: list[str] = []
     if provenance.get("models"):
@@ -23,7 +24,10 @@ def policy_sections(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str,
     if provenance.get("rollouts"):
         parts += ["## Rollouts and the five buckets", _rollouts(frames, provenance)]
     if provenance.get("augment"):
-        parts += ["## Self-distilled augmentation", _augmentation(frames["augmentations"], provenance["augment"])]
+        parts += [
+            "## Self-distilled augmentation",
+            _augmentation(frames["augmentations"].lazy().collect(), provenance["augment"]),
+        ]
     return parts
 
 
@@ -44,16 +48,24 @@ def _models(provenance: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any]) -> str:
+def _rollouts(frames: Mapping[str, Rows], provenance: Mapping[str, Any]) -> str:
     facts, rule = provenance["rollouts"], provenance["buckets"]["rule"]
-    rolled = frames["completions"].filter(origin="policy")
+    rolled = frames["completions"].lazy().filter(origin="policy")
+    n, prompts, cut, no_logps, no_reward = rolled.select(
+        pl.len(),
+        pl.col("prompt_uid").n_unique().alias("prompts"),
+        (~pl.col("finished")).sum().alias("cut"),
+        pl.col("token_logps").null_count(),
+        pl.col("reward").null_count(),
+    ).collect().row(0)  # fmt: skip
+    rewards = {task: _mean(mine) for task, mine in rolled.group_by("task").agg("reward").collect().iter_rows()}
     by_hand = len(provenance["buckets"].get("overrides", {}))
     lines = [
-        f"{rolled.height:,} completions of {rolled['prompt_uid'].n_unique():,} prompts, {facts['k']} each, at "
+        f"{n:,} completions of {prompts:,} prompts, {facts['k']} each, at "
         f"temperature {facts['temperature']:g}, top-p {facts['top_p']:g}, at most {facts['max_new_tokens']} tokens "
-        f"({(~rolled['finished']).sum():,} were cut there). Reward: {code(facts['reward'][:80])}"
-        + (f"; {n:,} have no log-probabilities" if (n := rolled["token_logps"].null_count()) else "")
-        + (f"; {n:,} rewards are not a number" if (n := rolled["reward"].null_count()) else "")
+        f"({cut:,} were cut there). Reward: {code(facts['reward'][:80])}"
+        + (f"; {no_logps:,} have no log-probabilities" if no_logps else "")
+        + (f"; {no_reward:,} rewards are not a number" if no_reward else "")
         + (f". {len(facts['skipped']):,} prompts are too long for the policy" if facts["skipped"] else "")
         + ".",
         f"Buckets (CPPO): log-probability ({rule['logp']} over tokens) and reward, standardised over "
@@ -63,14 +75,14 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
             ["task", "rollouts", *map(str, Bucket), "mean reward"],
             [
                 [escape(t["task"]), t["rollouts"], *(t[str(b)] for b in Bucket),
-                 real(_mean(rolled.filter(task=t["task"])["reward"]), 3)]
-                for t in frames["tasks"].sort("stage").iter_rows(named=True)
+                 real(rewards.get(t["task"]), 3)]
+                for t in frames["tasks"].lazy().collect().sort("stage").iter_rows(named=True)
                 if t["rollouts"]
             ],
         ),
     ]  # fmt: skip
     if similar := provenance.get("similarity"):
-        sides = dict(rolled.group_by("side").len().iter_rows())
+        sides = {side: n for (side,), n in counts(rolled, "side").items()}
         lines.append(
             f"Beside the target answer (cosine ≥ {similar['threshold']:g}): {sides.get('align', 0):,} align, "
             f"{sides.get('conflict', 0):,} conflict."
@@ -83,8 +95,8 @@ def _rollouts(frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any])
     return "\n\n".join(lines)
 
 
-def _mean(rewards: pl.Series) -> float | None:
-    values = rewards.drop_nulls().to_list()
+def _mean(rewards: list[float | None]) -> float | None:
+    values = [reward for reward in rewards if reward is not None]
     return math.fsum(values) / len(values) if values else None  # exact, so that the order of rows has no effect
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from curate.manifest.check_policy import POLICY_RULES, buckets, tokens
-from curate.manifest.io import Manifest, hash_faults, of_this_version, read_provenance, tables_of, validate
+from curate.manifest.io import Manifest, Stored, hash_faults, read_provenance, tables_of
 from curate.manifest.remote import local, named
 from curate.manifest.schema import TABLES, ManifestError, completion_uid, instruction_uid, sample_uid
+from curate.manifest.tables import batches, counts, validate
 
 Rule = Callable[[Manifest], Iterator[str]]
 MAX_SHOWN = 5  # of one kind; the rest is counted
@@ -34,23 +37,21 @@ def check(folder: str | os.PathLike[str]) -> list[str]:
 
 def _faults(folder: Path) -> list[str]:
     provenance = read_provenance(folder)
-    faults = hash_faults(folder, provenance)
-    frames: dict[str, pl.DataFrame] = {}
+    faults, tables, sound = hash_faults(folder, provenance), dict[str, Any](), True
     for table in TABLES.values():
         if table.file not in provenance["outputs"] and table not in tables_of(provenance):
-            frames[table.name] = table.empty()
+            tables[table.name] = table.empty()
             continue
+        tables[table.name] = stored = Stored(folder / table.file, table, provenance)
         try:
-            frames[table.name] = of_this_version(pl.read_parquet(folder / table.file, glob=False), table, provenance)
-            faults += validate(table, frames[table.name])
+            found = validate(table, stored.lazy())
         except FileNotFoundError:
-            faults.append(f"{table.file}: missing")
+            found = [f"{table.file}: missing"]
         except (pl.exceptions.PolarsError, OSError) as error:
-            faults.append(f"{table.file}: not readable as Parquet: {error}")
-            frames.pop(table.name, None)
-    schema_holds = len(frames) == len(TABLES) and not any(validate(t, frames[n]) for n, t in TABLES.items())
-    if schema_holds:
-        manifest = Manifest(folder=folder, provenance=provenance, **frames)
+            found = [f"{table.file}: not readable as Parquet: {error}"]
+        faults, sound = faults + found, sound and not found
+    if sound:
+        manifest = Manifest(folder=folder, provenance=provenance, **tables)
         for rule in PART_RULES if "part" in provenance else RULES:
             faults += _shortened(_applied(rule, manifest))
     return faults
@@ -66,9 +67,9 @@ def _applied(rule: Rule, manifest: Manifest) -> Iterator[str]:
 
 
 def _shortened(faults: Iterator[str]) -> list[str]:
-    every = list(faults)
-    more = len(every) - MAX_SHOWN
-    return every if more <= 0 else [*every[:MAX_SHOWN], f"… and {more} more like the last one"]
+    shown = list(islice(faults, MAX_SHOWN))
+    more = sum(1 for _ in faults)
+    return [*shown, f"… and {more} more like the last one"] if more else shown
 
 
 def _stream(m: Manifest) -> Iterator[str]:
@@ -86,34 +87,40 @@ def _rows_belong(m: Manifest) -> Iterator[str]:
     """Every row names a task of the stream with its right stage, and its origin fits: no row of a future task."""
     stage_of = dict(m.tasks.select("task", "stage").iter_rows())
     current = max(stage_of.values(), default=0)
+    right = pl.col("task").replace_strict(stage_of, default=None, return_dtype=pl.Int32)
     for name in ("samples", "completions", "instructions", "drops"):
-        frame: pl.DataFrame = getattr(m, name)
-        for number, (task, stage) in enumerate(frame.select("task", "stage").iter_rows()):
+        rows = m.scan(name).select("task", "stage").with_row_index("number")
+        for number, task, stage in rows.filter(right.ne_missing(pl.col("stage"))).collect().iter_rows():
             if task not in stage_of:
                 yield f"{name}.parquet: row {number}: task {task!r} is not in the stream (tasks.parquet)"
-            elif stage_of[task] != stage:
+            else:
                 yield f"{name}.parquet: row {number}: stage {stage} of task {task!r}, it must be {stage_of[task]}"
-    for number, (stage, origin) in enumerate(m.samples.select("stage", "origin").iter_rows()):
-        if origin != "augmented" and (stage == current) != (origin == "current"):
-            yield f"samples.parquet: row {number}: origin {origin!r} at stage {stage}, the current stage is {current}"
+    rows = m.scan("samples").select("stage", "origin").with_row_index("number").filter(pl.col("origin") != "augmented")
+    wrong = (pl.col("stage") == current) != (pl.col("origin") == "current")
+    for number, stage, origin in rows.filter(wrong).collect().iter_rows():
+        yield f"samples.parquet: row {number}: origin {origin!r} at stage {stage}, the current stage is {current}"
 
 
 def _uids(m: Manifest) -> Iterator[str]:
     """Every uid is the hash of its row."""
     ranked: dict[str, list[tuple[str, int]]] = {}
-    brought = m.completions.filter(pl.col("origin").is_in(["annotated", "human"]) & pl.col("rank").is_not_null())
-    for prompt, text, rank in brought.select("prompt_uid", "text", "rank").iter_rows():
+    brought = pl.col("origin").is_in(["annotated", "human"]) & pl.col("rank").is_not_null()
+    for prompt, text, rank in _rows(m.scan("completions").filter(brought).select("prompt_uid", "text", "rank")):
         ranked.setdefault(prompt, []).append((text, rank))
     columns = ("uid", "task", "prompt", "completion", "references", "tools", "parent_uid")
-    for number, (uid, *content) in enumerate(m.samples.select(columns).iter_rows()):
+    for number, (uid, *content) in enumerate(_rows(m.scan("samples").select(columns))):
         task, prompt, completion, references, tools, parent = content
         if sample_uid(task, prompt, completion, references, tools, parent, ranked.get(uid, ())) != uid:
             yield f"samples.parquet: row {number}: uid {uid} is not the hash of its content; the row was edited"
     for number, (uid, task, text) in enumerate(m.instructions.select("uid", "task", "instruction").iter_rows()):
         if instruction_uid(task, text) != uid:
             yield f"instructions.parquet: row {number}: uid {uid} is not the hash of its content"
-    same = ["prompt_uid", "origin", "text"]
-    for prompt, origin, text, uids in m.completions.group_by(same, maintain_order=True).agg("uid").iter_rows():
+    same = ["prompt_uid", "origin", "text"]  # equal texts of a prompt have numbers; most texts have no equal
+    answers = m.scan("completions").select(*same, "uid")
+    other = [row for row in _rows(answers) if completion_uid(row[0], row[1], row[2]) != row[3]]
+    named = pl.DataFrame(other, schema=answers.collect_schema(), orient="row").select(same).unique()
+    again = answers.join(named.lazy(), on=same, how="semi", maintain_order="left").collect()
+    for prompt, origin, text, uids in again.group_by(same, maintain_order=True).agg("uid").iter_rows():
         known = {completion_uid(prompt, origin, text, index) for index in range(len(uids))}
         for uid in sorted(set(uids) - known):
             yield f"completions.parquet: uid {uid} is not the hash of its content; the row was edited"
@@ -149,21 +156,21 @@ def _quotas(m: Manifest) -> Iterator[str]:
 
 def _counts(m: Manifest) -> Iterator[str]:
     """Rows, instructions, grants and means of a task or instruction are what the other tables hold."""
-    gone = m.drops.filter(step="rollout").join(
-        m.instructions.select("instruction", pl.col("uid").alias("instruction_uid")), on="instruction_uid"
+    known = m.instructions.lazy().select("task", "instruction", pl.col("uid").alias("instruction_uid"))
+    gone = (
+        m.scan("drops").filter(step="rollout").join(known.drop("task"), on="instruction_uid")
     )  # drawn, then left out because the policy had no good answer
-    drawn = pl.concat([m.samples.filter(origin="replay").select("task", "instruction"),
+    taken = pl.concat([m.scan("samples").filter(origin="replay").select("task", "instruction"),
                        gone.select("task", "instruction")])  # fmt: skip
-    drawn = drawn.group_by("task", "instruction").len("drawn")
+    drawn = taken.group_by("task", "instruction").len("drawn").collect()
     each = m.instructions.join(drawn, on=["task", "instruction"], how="left").with_columns(pl.col("drawn").fill_null(0))
     for uid, granted, found in each.select("uid", "granted", "drawn").iter_rows():
         if (granted or 0) != found:
             yield f"instructions.parquet: uid {uid}: granted {granted}, the tables hold {found} of its rows"
-    kept = m.samples.filter(pl.col("origin") != "augmented").join(
-        m.instructions.select("task", "instruction", pl.col("uid").alias("instruction_uid")), on=["task", "instruction"]
-    )
-    left = m.drops.filter(pl.col("step").is_in(LEFT_OUT))
-    have = pl.concat([kept.select("instruction_uid"), left.select("instruction_uid")]).group_by("instruction_uid").len()
+    kept = m.scan("samples").filter(pl.col("origin") != "augmented").join(known, on=["task", "instruction"])
+    left = m.scan("drops").filter(pl.col("step").is_in(LEFT_OUT))
+    both = pl.concat([kept.select("instruction_uid"), left.select("instruction_uid")])
+    have = both.group_by("instruction_uid").len().collect()
     rows = m.instructions.join(have, left_on="uid", right_on="instruction_uid", how="left")
     for uid, said, found in (
         rows.filter(pl.col("rows").ne_missing(pl.col("len"))).select("uid", "rows", "len").iter_rows()
@@ -193,9 +200,9 @@ def _counts(m: Manifest) -> Iterator[str]:
 def _inputs(m: Manifest) -> Iterator[str]:
     """Each task has as many usable and unusable rows as the provenance says that its source had."""
     for name, rows in m.provenance["rows"].items():
-        if name in TABLES and getattr(m, name).height != rows:  # a later minor version may have more tables
-            yield f"{name}.parquet: {getattr(m, name).height} rows, provenance.json says {rows}"
-    unusable = dict(m.drops.filter(pl.col("step") == "read").group_by("task").len().iter_rows())
+        if name in TABLES and (n := m.height(name)) != rows:  # a later minor version may have more tables
+            yield f"{name}.parquet: {n} rows, provenance.json says {rows}"
+    unusable = _by_task(m.scan("drops").filter(step="read"))
     inputs = {i["task"]: i for i in m.provenance["inputs"]}
     for task, rows, instructions in m.tasks.select("task", "rows", "instructions").iter_rows():
         said, found = (
@@ -217,40 +224,41 @@ def _map(m: Manifest) -> Iterator[str]:
 
 def _nothing_lost(m: Manifest) -> Iterator[str]:
     """Each usable row of a task is in samples or was left out by the draw; no uid is in both."""
-    kept = dict(m.samples.filter(pl.col("origin") != "augmented").group_by("task").len().iter_rows())
-    left = dict(m.drops.filter(pl.col("step").is_in(LEFT_OUT)).group_by("task").len().iter_rows())
+    kept = _by_task(m.scan("samples").filter(pl.col("origin") != "augmented"))
+    left = _by_task(m.scan("drops").filter(pl.col("step").is_in(LEFT_OUT)))
     for task, rows in m.tasks.select("task", "rows").iter_rows():
         if kept.get(task, 0) + left.get(task, 0) != rows:
             yield (
                 f"tasks.parquet: task {task!r} has {rows} rows, but {kept.get(task, 0)} are in samples.parquet and "
                 f"{left.get(task, 0)} in drops.parquet"
             )
-    both = m.drops.filter(pl.col("step") != "read").join(m.samples.select("uid"), on="uid", how="semi")
-    for uid in sorted(both["uid"]):
+    out = m.scan("drops").filter(pl.col("step") != "read").select("uid")
+    for uid in sorted(out.join(m.scan("samples").select("uid"), on="uid", how="semi").collect()["uid"]):
         yield f"drops.parquet: uid {uid} was left out by the build, yet it is in samples.parquet"
 
 
 def _lineage(m: Manifest) -> Iterator[str]:
     """Parents, prompts and instructions that rows point to are there."""
-    samples = set(m.samples["uid"])
-    for number, parent in enumerate(m.samples["parent_uid"]):
-        if parent is not None and parent not in samples:
-            yield f"samples.parquet: row {number}: parent_uid {parent} is not in samples.parquet"
-    for number, (origin, parent) in enumerate(m.samples.select("origin", "parent_uid").iter_rows()):
-        if (origin == "augmented") != (parent is not None):
-            yield f"samples.parquet: row {number}: origin {origin!r} with parent_uid {parent}"
-    for number, prompt in enumerate(m.completions["prompt_uid"]):
-        if prompt not in samples:
-            yield f"completions.parquet: row {number}: prompt_uid {prompt} is not in samples.parquet"
-    instructions = set(m.instructions["uid"])
-    for number, uid in enumerate(m.drops["instruction_uid"]):
-        if uid is not None and uid not in instructions:
-            yield f"drops.parquet: row {number}: instruction_uid {uid} is not in instructions.parquet"
-    known = m.instructions.select("task", "instruction")
-    read = m.samples.filter(pl.col("origin") != "augmented")
-    for task, text in (
-        read.join(known, on=["task", "instruction"], how="anti").select("task", "instruction").iter_rows()
+    samples = m.scan("samples").select("uid")
+    instructions = m.scan("instructions").select("uid")
+    for table, column, where, there in (
+        ("samples", "parent_uid", "samples", samples),
+        ("completions", "prompt_uid", "samples", samples),
+        ("drops", "instruction_uid", "instructions", instructions),
     ):
+        points = m.scan(table).select(column).with_row_index("number").filter(pl.col(column).is_not_null())
+        lost = points.join(there, left_on=column, right_on="uid", how="anti").collect().sort("number")
+        for number, uid in lost.iter_rows():
+            yield f"{table}.parquet: row {number}: {column} {uid} is not in {where}.parquet"
+    rows = m.scan("samples").select("origin", "parent_uid").with_row_index("number")
+    for number, origin, parent in (
+        rows.filter((pl.col("origin") == "augmented") != pl.col("parent_uid").is_not_null()).collect().iter_rows()
+    ):
+        yield f"samples.parquet: row {number}: origin {origin!r} with parent_uid {parent}"
+    known = m.scan("instructions").select("task", "instruction")
+    read = m.scan("samples").filter(pl.col("origin") != "augmented").select("task", "instruction")
+    lost = read.join(known, on=["task", "instruction"], how="anti", maintain_order="left").collect()
+    for task, text in lost.iter_rows():
         yield f"samples.parquet: task {task!r}: instruction {text[:60]!r} is not in instructions.parquet"
 
 
@@ -261,8 +269,9 @@ def _scores(m: Manifest) -> Iterator[str]:
     pool = m.instructions if config["score"]["pool"] == "all" else m.instructions.filter(pl.col("task") != current)
     if config["tags"]["tagger"] == "llm":  # an instruction that the model gave no tags for is not in the pool
         pool = pool.filter(pl.col("tags").is_not_null())
-        untagged = m.instructions.filter(pl.col("tags").is_null() & (pl.col("task") != current))
-        for uid in m.samples.join(untagged, on=["task", "instruction"], how="semi").filter(origin="replay")["uid"]:
+        untagged = m.instructions.lazy().filter(pl.col("tags").is_null() & (pl.col("task") != current))
+        replayed = m.scan("samples").filter(origin="replay").select("uid", "task", "instruction")
+        for uid in replayed.join(untagged, on=["task", "instruction"], how="semi").collect()["uid"]:
             yield f"samples.parquet: uid {uid}: it is replayed, yet its instruction has no tags"
     found = dict(pool.select(pl.col("tags").list.explode()).drop_nulls().to_series().value_counts().iter_rows())
     for tag, canonical, count, n in m.tags.select("tag", "canonical", "count", "pool").iter_rows():
@@ -276,12 +285,25 @@ def _scores(m: Manifest) -> Iterator[str]:
     for uid, tags, insinfo in rows.iter_rows():
         if not math.isclose(insinfo, math.fsum(math.log(pool.height / found[t]) for t in tags or []), abs_tol=1e-9):
             yield f"instructions.parquet: uid {uid}: insinfo {insinfo} is not what its tags and tags.parquet give"
-    both = m.samples.filter(pl.col("origin") != "augmented").join(
-        m.instructions.select("task", "instruction", "tags", "insinfo"), on=["task", "instruction"], suffix="_of"
+    read = (
+        m.scan("samples")
+        .filter(pl.col("origin") != "augmented")
+        .select("uid", "task", "instruction", "tags", "insinfo")
     )
+    of = m.scan("instructions").select("task", "instruction", "tags", "insinfo")
+    both = read.join(of, on=["task", "instruction"], suffix="_of", maintain_order="left")
     for column in ("tags", "insinfo"):
-        for uid in both.filter(pl.col(column).ne_missing(pl.col(f"{column}_of")))["uid"]:
+        for uid in both.filter(pl.col(column).ne_missing(pl.col(f"{column}_of"))).collect()["uid"]:
             yield f"samples.parquet: uid {uid}: column {column!r} is not its instruction's"
+
+
+def _rows(table: pl.LazyFrame) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table of any size as Python values."""
+    return (row for batch in batches(table) for row in batch.iter_rows())
+
+
+def _by_task(table: pl.LazyFrame) -> dict[str, int]:
+    return {task: n for (task,), n in counts(table, "task").items()}
 
 
 RULES: tuple[Rule, ...] = (

@@ -11,12 +11,18 @@ import polars as pl
 from curate.manifest.buckets import Bucket, Rule
 from curate.manifest.io import Manifest
 from curate.manifest.schema import sample_uid
+from curate.manifest.tables import counts, value
 
 
 def tokens(m: Manifest) -> Iterator[str]:
     """Token ids, log-probabilities and their number belong together; a log-probability is not above 0."""
+    n, ids, logps = pl.col("n_tokens"), pl.col("token_ids"), pl.col("token_logps")
+    no_logp = logps.list.eval(pl.element().is_finite().not_() | (pl.element() > 1e-4)).list.any()
+    lengths = [column.is_not_null() & column.list.len().ne_missing(n) for column in (ids, logps)]
+    nobody = [logps.is_not_null() & pl.col("policy").is_null(), ids.is_not_null() & pl.col("tokenizer").is_null()]
+    wrong = m.scan("completions").filter(pl.any_horizontal(*lengths, no_logp.fill_null(False), *nobody))
     columns = ("uid", "token_ids", "token_logps", "n_tokens", "policy", "tokenizer")
-    for uid, ids, logps, n, policy, tokenizer in m.completions.select(columns).iter_rows():
+    for uid, ids, logps, n, policy, tokenizer in wrong.select(columns).collect().iter_rows():
         where = f"completions.parquet: uid {uid}"
         for name, values in (("token_ids", ids), ("token_logps", logps)):
             if values is not None and len(values) != n:
@@ -31,11 +37,12 @@ def tokens(m: Manifest) -> Iterator[str]:
 
 def buckets(m: Manifest) -> Iterator[str]:
     """Every bucket is what the provenance's rule and statistics give, and the statistics are those of the rollouts."""
-    rolled, facts = m.completions.filter(origin="policy"), m.provenance.get("buckets")
-    for uid in m.completions.filter((pl.col("origin") != "policy") & pl.col("bucket").is_not_null())["uid"]:
+    rolled, facts = m.scan("completions").filter(origin="policy"), m.provenance.get("buckets")
+    others = m.scan("completions").filter((pl.col("origin") != "policy") & pl.col("bucket").is_not_null())
+    for uid in others.select("uid").collect()["uid"]:
         yield f"completions.parquet: uid {uid}: a bucket, but the policy did not write it"
     if facts is None:
-        if rolled["bucket"].is_not_null().any():
+        if value(rolled, pl.col("bucket").count()):
             yield "completions.parquet: buckets, but provenance.json has no rule for them"
         return
     config = {k: v for k, v in m.provenance["config"]["buckets"].items() if k in facts["rule"]}
@@ -44,51 +51,55 @@ def buckets(m: Manifest) -> Iterator[str]:
     rule = Rule(**facts["rule"])
     expected, stats = rule.assign(rolled)
     by_hand = facts.get("overrides", {})
-    for uid in by_hand.keys() - set(rolled["uid"]):
+    said = rolled.select("uid", "bucket").collect().with_columns(right=expected)
+    for uid in by_hand.keys() - set(said.filter(pl.col("uid").is_in(list(by_hand)))["uid"]):
         yield f"provenance.json: the bucket of {uid} was given by hand, but it is no rollout"
-    for uid, said, rule_says in zip(rolled["uid"], rolled["bucket"], expected, strict=True):
-        if said != (right := by_hand.get(uid, rule_says)):
-            yield f"completions.parquet: uid {uid}: bucket {said!r}, rule and rollouts give {right!r}"
+    given = pl.DataFrame(list(by_hand.items()), schema={"uid": pl.String, "given": pl.String}, orient="row")
+    said = said.join(given, on="uid", how="left", maintain_order="left")
+    said = said.select("uid", "bucket", right=pl.coalesce("given", "right"))
+    for uid, bucket, right in said.filter(pl.col("bucket").ne_missing(pl.col("right"))).iter_rows():
+        yield f"completions.parquet: uid {uid}: bucket {bucket!r}, rule and rollouts give {right!r}"
     if (known := {name: asdict(s) for name, s in stats.items()}) != facts["statistics"]:
         wrong = sorted(n for n in {*known, *facts["statistics"]} if known.get(n) != facts["statistics"].get(n))
         yield f"provenance.json: statistics of {wrong[0]!r} are not those of the rollouts: {known.get(wrong[0])}"
-    counts = rolled.group_by("task", "bucket").len()
-    found = {(task, bucket): n for task, bucket, n in counts.iter_rows()}
+    found = counts(rolled, "task", "bucket")
     for row in m.tasks.filter(pl.col("rollouts").is_not_null()).iter_rows(named=True):
         for name in map(str, Bucket):
             if row[name] != found.get((row["task"], name), 0):
                 yield f"tasks.parquet: task {row['task']!r}: {name} {row[name]}, completions.parquet gives " + str(
                     found.get((row["task"], name), 0)
                 )
-    totals = dict(rolled.group_by("task").len().iter_rows())
+    totals = counts(rolled, "task")
     for task, rollouts in m.tasks.select("task", "rollouts").iter_rows():
-        if (rollouts or 0) != totals.get(task, 0):
-            yield f"tasks.parquet: task {task!r}: rollouts {rollouts}, completions.parquet has {totals.get(task, 0)}"
+        if (rollouts or 0) != (n := totals.get((task,), 0)):
+            yield f"tasks.parquet: task {task!r}: rollouts {rollouts}, completions.parquet has {n}"
 
 
 def answers(m: Manifest) -> Iterator[str]:
     """Ranks follow rewards; an answer that took the place of the source's is a rollout, and the source's is kept."""
-    rolled, config = m.completions.filter(origin="policy"), m.provenance["config"].get("candidates") or {}
+    rolled, config = m.scan("completions").filter(origin="policy"), m.provenance["config"].get("candidates") or {}
     right = pl.col("reward").rank("min", descending=True).over("prompt_uid").cast(pl.Int32)
     right = right if config.get("rank") else pl.lit(None, dtype=pl.Int32)
-    wrong = rolled.with_columns(right=right).filter(pl.col("rank").ne_missing(pl.col("right")))
-    for uid, rank, expected in wrong.select("uid", "rank", "right").iter_rows():
+    wrong = rolled.select("uid", "rank", right=right).filter(pl.col("rank").ne_missing(pl.col("right")))
+    for uid, rank, expected in wrong.collect().iter_rows():
         yield f"completions.parquet: uid {uid}: rank {rank}, its reward gives {expected}"
     least = (m.provenance["config"].get("replay") or {}).get("min_reward")
-    ranked = m.completions.filter(pl.col("origin").is_in(["human", "annotated"]) & pl.col("rank").is_not_null())
+    ranked = m.scan("completions").filter(pl.col("origin").is_in(["human", "annotated"]), pl.col("rank").is_not_null())
     place = pl.col("rank").rank("min").over("prompt_uid").cast(pl.Int32)
-    for uid, rank, expected in ranked.with_columns(place=place).filter(pl.col("rank") != pl.col("place")).select(
-        "uid", "rank", "place"
-    ).iter_rows():  # fmt: skip
+    wrong = ranked.select("uid", "rank", place=place).filter(pl.col("rank") != pl.col("place"))
+    for uid, rank, expected in wrong.collect().iter_rows():
         yield f"completions.parquet: uid {uid}: rank {rank}, {expected - 1} answers of its prompt are better"
-    known = {(o, p, t) for o, p, t in m.completions.select("origin", "prompt_uid", "text").iter_rows()}
-    replaced = m.samples.filter(pl.col("origin") != "augmented", written_by="policy")
-    for uid, completion, references in replaced.select("uid", "completion", "references").iter_rows():
+    by_policy = m.scan("samples").filter(pl.col("origin") != "augmented", written_by="policy")
+    replaced = by_policy.select("uid", "completion", "references").collect()
+    uids = replaced.lazy().select("uid")
+    theirs = m.scan("completions").join(uids, left_on="prompt_uid", right_on="uid", how="semi").collect()
+    known = {(o, p, t) for o, p, t in theirs.select("origin", "prompt_uid", "text").iter_rows()}
+    for uid, completion, references in replaced.iter_rows():
         text = completion[0]["content"]
         if ("policy", uid, text) not in known:
             yield f"samples.parquet: uid {uid}: its answer is the policy's, but is no rollout in completions.parquet"
             continue
-        good = m.completions.filter(pl.col("finished").fill_null(True), origin="policy", prompt_uid=uid)
+        good = theirs.filter(pl.col("finished").fill_null(True), origin="policy", prompt_uid=uid)
         best, mine = good["reward"].max(), good.filter(text=text)["reward"].max()
         if mine is None or mine != best or (least is not None and mine < least):
             yield f"samples.parquet: uid {uid}: its answer has reward {mine!r}, the best {best!r}, the least {least}"
@@ -103,10 +114,14 @@ def sides(m: Manifest) -> Iterator[str]:
     if threshold != (config.get("threshold") if config.get("similarity") else None):
         yield f"provenance.json: threshold of similarity {threshold}, but the configuration says another"
         return
-    for uid, similarity, side in m.completions.select("uid", "similarity", "side").iter_rows():
+    right = pl.when(pl.col("similarity").is_not_null()).then(
+        pl.when(pl.col("similarity") >= threshold).then(pl.lit("align")).otherwise(pl.lit("conflict"))
+    )
+    wrong = m.scan("completions").filter(pl.col("side").ne_missing(right))
+    for uid, similarity, side in wrong.select("uid", "similarity", "side").collect().iter_rows():
         if (similarity is None) != (side is None):
             yield f"completions.parquet: uid {uid}: similarity {similarity}, side {side}"
-        elif similarity is not None and side != ("align" if similarity >= threshold else "conflict"):
+        else:
             yield f"completions.parquet: uid {uid}: side {side!r} at similarity {similarity}, threshold {threshold}"
 
 
@@ -116,12 +131,13 @@ def augmentations(m: Manifest) -> Iterator[str]:
     if facts is None:
         if m.augmentations.height:
             yield "augmentations.parquet: rows, but provenance.json has no θ for them"
-        for uid in m.samples.filter(origin="augmented")["uid"]:
+        for uid in m.scan("samples").filter(origin="augmented").select("uid").collect()["uid"]:
             yield f"samples.parquet: uid {uid}: augmented, but provenance.json knows of no augmentation"
         return
     if facts["theta"] != m.provenance["config"]["augment"]["theta"]:
         yield f"provenance.json: θ {facts['theta']}, but the configuration says another"
-    samples = {row["uid"]: row for row in m.samples.filter(origin="augmented").iter_rows(named=True)}
+    augmented = m.scan("samples").filter(origin="augmented").collect()
+    samples = {row["uid"]: row for row in augmented.iter_rows(named=True)}
     kept = set(m.augmentations.filter("kept")["uid"])
     for row in m.augmentations.iter_rows(named=True):
         where, a, b = f"augmentations.parquet: uid {row['uid']}", row["mi_input"], row["mi_output"]
@@ -146,7 +162,7 @@ def augmentations(m: Manifest) -> Iterator[str]:
     for uid in sorted(kept ^ samples.keys()):
         yield f"augmentations.parquet: uid {uid}: kept there, or in samples.parquet as augmented, but not both"
     out = set(m.augmentations["uid"]) - kept
-    for uid in sorted(out ^ set(m.drops.filter(step="augment")["uid"])):
+    for uid in sorted(out ^ set(m.scan("drops").filter(step="augment").select("uid").collect()["uid"])):
         yield f"drops.parquet: uid {uid}: a rewrite that is not kept belongs there, and none that is"
     counts = dict(m.augmentations.group_by("task").agg(pl.col("kept").sum()).iter_rows())
     for task, augmented in m.tasks.select("task", "augmented").iter_rows():
@@ -156,27 +172,33 @@ def augmentations(m: Manifest) -> Iterator[str]:
 
 def agreement(m: Manifest) -> Iterator[str]:
     """A completion is of its prompt's task, and says what the provenance says; measures lie within their ranges."""
-    where = {uid: (task, stage) for uid, task, stage in m.samples.select("uid", "task", "stage").iter_rows()}
-    for uid, prompt, task, stage in m.completions.select("uid", "prompt_uid", "task", "stage").iter_rows():
-        if where.get(prompt, (task, stage)) != (task, stage):
-            yield f"completions.parquet: uid {uid}: task {task!r}, stage {stage}, its prompt's are {where[prompt]}"
-    for uid, parent, task, stage in m.augmentations.select("uid", "parent_uid", "task", "stage").iter_rows():
-        if where.get(parent) != (task, stage):
-            yield f"augmentations.parquet: uid {uid}: parent_uid {parent} is no sample of task {task!r}, stage {stage}"
+    where = m.scan("samples").select(prompt_uid="uid", of_task="task", of_stage="stage")
+    other = (pl.col("task") != pl.col("of_task")) | (pl.col("stage") != pl.col("of_stage"))
+    answers = m.scan("completions").select("uid", "prompt_uid", "task", "stage")
+    wrong = answers.join(where, on="prompt_uid", maintain_order="left").filter(other).drop("prompt_uid")
+    for uid, task, stage, *of_prompt in wrong.collect().iter_rows():
+        yield f"completions.parquet: uid {uid}: task {task!r}, stage {stage}, its prompt's are {tuple(of_prompt)}"
+    rewrites = m.augmentations.lazy().select("uid", "parent_uid", "task", "stage")
+    theirs = where.rename({"prompt_uid": "parent_uid", "of_task": "task", "of_stage": "stage"})
+    wrong = rewrites.join(theirs, on=["parent_uid", "task", "stage"], how="anti", maintain_order="left")
+    for uid, parent, task, stage in wrong.collect().iter_rows():
+        yield f"augmentations.parquet: uid {uid}: parent_uid {parent} is no sample of task {task!r}, stage {stage}"
     policy = (m.provenance.get("models") or {}).get("policy") or {}
-    rolled, facts = m.completions.filter(origin="policy"), m.provenance.get("rollouts") or {}
-    said = {"policy": (m.completions, policy.get("fingerprint")), "tokenizer": (m.completions, policy.get("tokenizer")),
+    every, facts = m.scan("completions"), m.provenance.get("rollouts") or {}
+    rolled = every.filter(origin="policy")
+    said = {"policy": (every, policy.get("fingerprint")), "tokenizer": (every, policy.get("tokenizer")),
             "reward_id": (rolled, facts.get("reward")), "temperature": (rolled, facts.get("temperature")),
             "top_p": (rolled, facts.get("top_p"))}  # fmt: skip
-    for column, (rows, value) in said.items():
-        if value is not None:
-            for uid, found in rows.filter(pl.col(column) != value).select("uid", column).iter_rows():
-                yield f"completions.parquet: uid {uid}: {column} {found!r}, provenance.json says {value!r}"
-    for frame, name, column in ((m.completions, "completions", "similarity"),
-                                (m.augmentations, "augmentations", "mi_input"),
-                                (m.augmentations, "augmentations", "mi_output")):  # fmt: skip
-        for uid, value in frame.filter(pl.col(column).abs() > 1 + 1e-9).select("uid", column).iter_rows():
-            yield f"{name}.parquet: uid {uid}: {column} {value}, it must be within -1 and 1"
+    for column, (rows, right) in said.items():
+        if right is not None:
+            for uid, found in rows.filter(pl.col(column) != right).select("uid", column).collect().iter_rows():
+                yield f"completions.parquet: uid {uid}: {column} {found!r}, provenance.json says {right!r}"
+    ranges = (("completions", "similarity"), ("augmentations", "mi_input"), ("augmentations", "mi_output"))
+    for name, column in ranges:
+        for uid, far in (
+            m.scan(name).filter(pl.col(column).abs() > 1 + 1e-9).select("uid", column).collect().iter_rows()
+        ):
+            yield f"{name}.parquet: uid {uid}: {column} {far}, it must be within -1 and 1"
 
 
 POLICY_RULES: tuple[Callable[[Manifest], Iterator[str]], ...] = (

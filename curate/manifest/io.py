@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,84 @@ from curate.manifest import show
 from curate.manifest.remote import PROVENANCE as PROVENANCE
 from curate.manifest.remote import local
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError, Table
+from curate.manifest.tables import Faults, Rows, height, validate, write_parquet
 
 CARD = "README.md"
 REPORT = "report.html"  # a view of the manifest, no part of it: made after it, and not hashed
 STAGING = ".staging"
 
 
+class Stored:
+    """A table in its file, which has to stay the one that was read.
+
+    Args:
+        path: of the file.
+        table: what it holds.
+        provenance: of its manifest.
+    """
+
+    def __init__(self, path: Path, table: Table, provenance: Mapping[str, Any]) -> None:
+        self.path, self.table, self.provenance = path, table, provenance
+        self.stamp = self._stamp()
+
+    def lazy(self) -> pl.LazyFrame:
+        """The table, to be scanned.
+
+        Raises:
+            ManifestError: another build has replaced the file.
+        """
+        if self._stamp() != self.stamp:
+            raise ManifestError(f"{self.path}: another file than the one that was read; read the manifest again")
+        return of_this_version(pl.scan_parquet(self.path, glob=False), self.table, self.provenance)
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class Held:
+    """A table as an attribute of a manifest: collected when it is first asked for, then kept."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, manifest: Manifest | None, owner: type | None = None) -> pl.DataFrame:
+        if manifest is None:
+            raise AttributeError(self.name)  # no default: every manifest has every table
+        table: Any = vars(manifest)[self.name]
+        if not isinstance(table, pl.DataFrame):
+            table = vars(manifest)[self.name] = table.lazy().collect()
+        return table
+
+    def __set__(self, manifest: Manifest, table: Rows | Stored) -> None:
+        vars(manifest)[self.name] = table
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest in memory: one polars frame a table, and the provenance."""
+    """A manifest: the provenance and a polars frame a table, which is loaded on first use; `scan` never loads one."""
 
     folder: Path
-    samples: pl.DataFrame
-    completions: pl.DataFrame
-    tasks: pl.DataFrame
-    instructions: pl.DataFrame
-    tags: pl.DataFrame
-    augmentations: pl.DataFrame
-    drops: pl.DataFrame
     provenance: dict[str, Any]
+    samples: Held = Held()
+    completions: Held = Held()
+    tasks: Held = Held()
+    instructions: Held = Held()
+    tags: Held = Held()
+    augmentations: Held = Held()
+    drops: Held = Held()
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """A table to query without loading it: for those that may be larger than memory."""
+        found: pl.LazyFrame = vars(self)[table].lazy()
+        return found
+
+    def height(self, table: str) -> int:
+        """Number of rows of a table."""
+        return height(self.scan(table))
 
     def __repr__(self) -> str:
         return show.line(self)
@@ -54,41 +113,6 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def validate(table: Table, frame: pl.DataFrame, where: str = "") -> list[str]:
-    """Faults of one table against its schema, each naming table, column and (where there is one) row. Empty = sound."""
-    where = where or table.file
-    missing = [c for c in table.columns if c not in frame.columns]
-    extra = [c for c in frame.columns if c not in table.columns]
-    faults = [f"{where}: column {c!r} is missing" for c in missing]
-    faults += [f"{where}: column {c!r} is not in the schema" for c in extra]
-    for name in (c for c in table.columns if c not in missing):
-        faults += _column_faults(table, frame, name, where)
-    if not faults and (n := frame.select(table.key).is_duplicated().sum()):
-        double = frame.filter(frame.select(table.key).is_duplicated()).row(0, named=True)
-        faults.append(f"{where}: {n} rows share {table.key} with another, first {[double[k] for k in table.key]}")
-    return faults
-
-
-def _column_faults(table: Table, frame: pl.DataFrame, name: str, where: str) -> list[str]:
-    column, series = table.columns[name], frame[name]
-    if not column.accepts(series.dtype):
-        return [f"{where}: column {name!r} is {series.dtype}, it must be {column.dtype}"]
-    faults = []
-    if not column.null and series.null_count():
-        faults.append(f"{where}: row {series.is_null().arg_max()}: column {name!r} is null, which is not allowed")
-    if column.values and (bad := series.is_in(list(column.values)).not_() & series.is_not_null()).any():
-        row = bad.arg_max() or 0
-        faults.append(f"{where}: row {row}: column {name!r} is {series[row]!r}, not one of {', '.join(column.values)}")
-    if name in table.sizes and (bad := (series < 0).fill_null(False)).any():
-        row = bad.arg_max() or 0
-        faults.append(f"{where}: row {row}: column {name!r} is {series[row]}, it must not be negative")
-    if isinstance(column.dtype, pl.List) and series.list.contains(None).any():
-        faults.append(f"{where}: row {series.list.contains(None).arg_max()}: column {name!r} holds a null entry")
-    if series.dtype.is_float() and (bad := series.is_finite().not_() & series.is_not_null()).any():
-        faults.append(f"{where}: row {bad.arg_max()}: column {name!r} is not a finite number")
-    return faults
 
 
 def read(folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
@@ -109,8 +133,8 @@ def _read(folder: Path, verify: bool) -> Manifest:
     provenance = read_provenance(folder)
     if verify and (faults := hash_faults(folder, provenance)):
         raise ManifestError("\n".join(faults))
-    frames = {table.name: _read_table(folder, table, provenance) for table in TABLES.values()}
-    return Manifest(folder=folder, provenance=provenance, **frames)
+    tables: dict[str, Any] = {table.name: _stored(folder, table, provenance) for table in TABLES.values()}
+    return Manifest(folder=folder, provenance=provenance, **tables)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -156,19 +180,20 @@ def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _read_table(folder: Path, table: Table, provenance: Mapping[str, Any]) -> pl.DataFrame:
-    path = folder / table.file
+def _stored(folder: Path, table: Table, provenance: Mapping[str, Any]) -> pl.DataFrame | Stored:
+    """A table of a manifest, which keeps to its schema."""
     if table.file not in provenance["outputs"]:
         return table.empty()  # a table that a later minor version has added
+    stored = Stored(folder / table.file, table, provenance)
     try:
-        frame = of_this_version(pl.read_parquet(path, glob=False), table, provenance)
+        faults = validate(table, stored.lazy(), str(stored.path))
     except FileNotFoundError:
-        raise ManifestError(f"{path}: missing; run `curate build` again") from None
+        raise ManifestError(f"{stored.path}: missing; run `curate build` again") from None
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ManifestError(f"{path}: not readable as Parquet: {error}; run `curate build` again") from None
-    if faults := validate(table, frame, str(path)):
+        raise ManifestError(f"{stored.path}: not readable as Parquet: {error}; run `curate build` again") from None
+    if faults:
         raise ManifestError("\n".join(faults))
-    return frame
+    return stored
 
 
 def tables_of(provenance: Mapping[str, Any]) -> list[Table]:
@@ -177,36 +202,49 @@ def tables_of(provenance: Mapping[str, Any]) -> list[Table]:
     return [t for t in TABLES.values() if same or t.since == "1.0"]
 
 
-def of_this_version(frame: pl.DataFrame, table: Table, provenance: Mapping[str, Any]) -> pl.DataFrame:
+def of_this_version(rows: pl.LazyFrame, table: Table, provenance: Mapping[str, Any]) -> pl.LazyFrame:
     """A table of another minor version as this one sees it: columns that it lacks are null, unknown ones are left out.
 
     Minor versions only add columns that may be null, so this loses nothing that the reader could have used.
     """
     if str(provenance["schema_version"]) == SCHEMA_VERSION:
-        return frame
-    absent = [name for name, column in table.columns.items() if name not in frame.columns and column.null]
-    filled = frame.with_columns(pl.lit(None, dtype=table.columns[name].dtype).alias(name) for name in absent)
-    return filled.select(name for name in table.columns if name in filled.columns)
+        return rows
+    there = rows.collect_schema().names()
+    absent = [name for name, column in table.columns.items() if name not in there and column.null]
+    filled = rows.with_columns(pl.lit(None, dtype=table.columns[name].dtype).alias(name) for name in absent)
+    return filled.select(name for name in table.columns if name in {*there, *absent})
 
 
-def write(folder: Path, frames: Mapping[str, pl.DataFrame], provenance: Mapping[str, Any], card: str) -> None:
+def write(
+    folder: Path,
+    frames: Mapping[str, Rows],
+    provenance: Mapping[str, Any],
+    card: str | Callable[[Mapping[str, pl.LazyFrame]], str],
+) -> None:
     """Write tables, card and provenance so that a kill at any moment leaves the old manifest, none, or the new one.
 
-    `provenance` gets `schema_version` and the SHA-256 of every output. Same frames, same bytes.
+    `provenance` gets `schema_version` and the SHA-256 of every output. Same rows, same bytes.
+
+    Args:
+        folder: of the manifest.
+        frames: a table each, its rows in the order of the file; a LazyFrame is run once and held in parts only.
+        provenance: how they were made.
+        card: the data card; a function makes it of the tables as they were written.
+
+    Raises:
+        ManifestError: a table does not keep to its schema.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        for table in TABLES.values():
-            if faults := validate(table, frames[table.name]):
-                raise ManifestError("\n".join(faults))
-            write_parquet(frames[table.name], staging / table.file, table.name)
-        (staging / CARD).write_text(card, encoding="utf-8")
+        written, rows = dict[str, pl.LazyFrame](), dict[str, int]()
+        for name, table in TABLES.items():
+            written[name], rows[name] = _written(frames[name], table, staging)
+        (staging / CARD).write_text(card if isinstance(card, str) else card(written), encoding="utf-8")
         names = sorted([t.file for t in TABLES.values()] + [CARD])
         outputs = {name: sha256_file(staging / name) for name in names}
-        rows = {name: frames[name].height for name in TABLES}
         whole = {"schema_version": SCHEMA_VERSION, **provenance, "rows": rows, "outputs": outputs}
         text = json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         (staging / PROVENANCE).write_text(text, encoding="utf-8")
@@ -221,15 +259,15 @@ def write(folder: Path, frames: Mapping[str, pl.DataFrame], provenance: Mapping[
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_parquet(frame: pl.DataFrame, path: Path, table: str) -> None:
-    """One Parquet file with the bytes fixed by the rows: row groups of 16,384, zstd, schema version in the metadata."""
-    frame.rechunk().write_parquet(
-        path,
-        compression="zstd",
-        compression_level=3,
-        row_group_size=16_384,
-        metadata={"rehearse.table": table, "rehearse.schema_version": SCHEMA_VERSION},
-    )
+def _written(frame: Rows, table: Table, folder: Path) -> tuple[pl.LazyFrame, int]:
+    """A table's file, to be scanned, and its number of rows."""
+    path, faults = folder / table.file, Faults(table, frame.lazy().collect_schema())
+    if not faults.of_schema:
+        write_parquet(frame, path, table.name, faults)
+        frame = pl.scan_parquet(path, glob=False)
+    if found := faults.found(frame):
+        raise ManifestError("\n".join(found))
+    return frame.lazy(), faults.rows
 
 
 def sync(path: Path) -> None:

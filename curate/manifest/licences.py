@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from functools import cache
 
-import polars as pl
+from curate.manifest.tables import Rows, counts
 
 LIMITS = {
     "non-commercial": "commercial use is forbidden",
@@ -81,15 +81,15 @@ def hub_ids(name: str | None) -> list[str]:
     return sorted({identifier for identifier, _ in _read(name)}) if name else ["unknown"]
 
 
-def warning(samples: pl.DataFrame) -> str | None:
+def warning(samples: Rows) -> str | None:
     """One line about the samples whose licence forbids a use; None where none does (an unknown one may: the card)."""
-    counts = Counter[str]()
-    for name, n in samples.group_by("license").len().iter_rows():
+    found = Counter[str]()
+    for (name,), n in counts(samples, "license").items():
         for limit in limits(name):
-            counts[limit] += n
-    if not counts.keys() - {"unknown"}:
+            found[limit] += n
+    if not found.keys() - {"unknown"}:
         return None
-    parts = [f"{limit} {counts[limit]:,}" for limit in LIMITS if counts[limit]]
+    parts = [f"{limit} {found[limit]:,}" for limit in LIMITS if found[limit]]
     return f"licences of the sources restrict the use of rows: {', '.join(parts)}; the card (README.md) tells which"
 
 

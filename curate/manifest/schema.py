@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
+
+Rows = TypeVar("Rows", pl.DataFrame, pl.LazyFrame)
 
 SCHEMA_VERSION = "1.2"  # major.minor: a reader accepts its own major version, whatever the minor
 
@@ -89,11 +91,12 @@ class Table:
         """Column name -> polars type, in the order of the file."""
         return {name: column.dtype for name, column in self.columns.items()}
 
-    def fit(self, frame: pl.DataFrame) -> pl.DataFrame:
+    def fit(self, rows: Rows) -> Rows:
         """The table's columns of a frame, in their order and types; columns that it lacks are null."""
-        absent = {name: pl.lit(None, dtype=dtype) for name, dtype in self.schema.items() if name not in frame.columns}
+        there = rows.lazy().collect_schema()
+        absent = {name: pl.lit(None, dtype=dtype) for name, dtype in self.schema.items() if name not in there}
         wanted: Any = {name: dtype for name, dtype in self.schema.items() if dtype != pl.List(MESSAGE)}
-        return frame.with_columns(**absent).select(list(self.schema)).cast(wanted)
+        return rows.with_columns(**absent).select(list(self.schema)).cast(wanted)
 
     def empty(self) -> pl.DataFrame:
         """The table without rows."""
@@ -376,8 +379,10 @@ AUGMENTATIONS = Table(
 TABLES: dict[str, Table] = {t.name: t for t in (SAMPLES, COMPLETIONS, TASKS, INSTRUCTIONS, TAGS, AUGMENTATIONS, DROPS)}
 
 
-# made once: json.dumps would make an encoder for every row
-_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+# made once: json.dumps would make an encoder for every row; a value that holds itself is a RecursionError
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+)
 
 
 def canonical_json(value: Any) -> bytes:

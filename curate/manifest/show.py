@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from curate.manifest.buckets import Bucket
 from curate.manifest.markdown import printable, real
 from curate.manifest.schema import TABLES, Origin
+from curate.manifest.tables import counts
 
 if TYPE_CHECKING:
     from curate.manifest.io import Manifest
@@ -18,9 +19,9 @@ MOST = 40  # tasks that a notebook shows
 
 def line(manifest: Manifest) -> str:
     """One line: the folder, its tasks and samples by origin, what the other tables hold."""
-    origins = dict(manifest.samples.group_by("origin").len().sort("origin").iter_rows())
-    held = ", ".join(f"{n:,} {origin}" for origin, n in origins.items()) or "no samples"
-    more = [(manifest.completions.height, "completions"), (manifest.drops.height, "left out")]
+    origins = counts(manifest.scan("samples"), "origin")
+    held = ", ".join(f"{n:,} {origin}" for (origin,), n in origins.items()) or "no samples"
+    more = [(manifest.height("completions"), "completions"), (manifest.height("drops"), "left out")]
     rest = "".join(f", {n:,} {what}" for n, what in more if n)
     return f"Manifest({str(manifest.folder)!r}: {manifest.tasks.height} tasks, {held}{rest})"
 
@@ -28,7 +29,7 @@ def line(manifest: Manifest) -> str:
 def html(manifest: Manifest) -> str:
     """A summary without scripts: tasks with quotas, samples by origin and buckets, then every table's size."""
     name = manifest.provenance["config"].get("name", manifest.folder.name)
-    tables = ", ".join(f"<code>{t}</code>&nbsp;{getattr(manifest, t).height:,}" for t in TABLES)
+    tables = ", ".join(f"<code>{t}</code>&nbsp;{manifest.height(t):,}" for t in TABLES)
     return (
         f"<div><p><strong>{_text(name)}</strong>: {_text(str(manifest.folder))}<br>{_selector(manifest)}</p>"
         f"{_tasks(manifest)}<p>Rows of each table: {tables}</p></div>"
@@ -42,8 +43,8 @@ def _selector(manifest: Manifest) -> str:
 
 def _tasks(manifest: Manifest) -> str:
     tasks = manifest.tasks.sort("stage")
-    counts = {(t, o): n for t, o, n in manifest.samples.group_by("task", "origin").len().iter_rows()}
-    origins = [o for o in Origin if any(origin == o for _, origin in counts)]
+    found = counts(manifest.scan("samples"), "task", "origin")
+    origins = [o for o in Origin if any(origin == o for _, origin in found)]
     buckets = [b for b in Bucket if tasks["rollouts"].is_not_null().any()]
     header = [
         "stage",
@@ -57,7 +58,7 @@ def _tasks(manifest: Manifest) -> str:
     ]
     rows = [
         [t["stage"], t["task"], t["rows"], real(t["distance"]), t["quota"], t["granted"],
-         *(counts.get((t["task"], o), 0) for o in origins), *(t[b] for b in buckets)]
+         *(found.get((t["task"], o), 0) for o in origins), *(t[b] for b in buckets)]
         for t in tasks.head(MOST).iter_rows(named=True)
     ]  # fmt: skip
     more = f"<p>… and {tasks.height - MOST:,} tasks more.</p>" if tasks.height > MOST else ""

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from curate.manifest import Bucket, Manifest, Stats, sequence_logp
+from curate.manifest.tables import counts
 from curate.report.even import evenly
 from curate.report.parts import Plot, Section, Table, capped, count, label, percent, plural, real, short
 
@@ -19,6 +20,7 @@ BUCKETS = {  # name: what it holds, the symbol of its points
     Bucket.NOISY: ("unlikely and bad", "x"),
     Bucket.NORMAL: ("in between, or not to be judged", "circle-open"),
 }
+SIDES = ("align", "conflict")
 POPULATIONS = {"task": "its task", "all": "the whole set", "batch": "its rollout batch"}
 
 
@@ -29,12 +31,16 @@ def buckets(m: Manifest, places: dict[str, int]) -> Section:
         m: the manifest.
         places: uid of a sample -> its number among the rows that the page holds; a point opens one of these.
     """
-    title, rolled, facts = "The five buckets", m.completions.filter(origin="policy"), m.provenance.get("buckets") or {}
-    if not rolled.height:
+    title, rolled = "The five buckets", m.scan("completions").filter(origin="policy")
+    facts = m.provenance.get("buckets") or {}
+    n, prompts, judged_n = rolled.select(
+        pl.len(), pl.col("prompt_uid").n_unique().alias("prompts"), pl.col("bucket").count()
+    ).collect().row(0)  # fmt: skip
+    if not n:
         return Section("buckets", title, ["No rollouts: no policy was asked, so nothing is sorted into buckets."])
-    says = [f"{plural(rolled.height, 'rollout')} of {plural(rolled['prompt_uid'].n_unique(), 'prompt')}."]
+    says = [f"{plural(n, 'rollout')} of {plural(prompts, 'prompt')}."]
     judged = rolled.filter(pl.col("bucket").is_not_null())
-    if not judged.height:
+    if not judged_n:
         return Section("buckets", title, [*says, "None is sorted into a bucket."])
     if rule := facts.get("rule"):
         says.append(
@@ -47,22 +53,26 @@ def buckets(m: Manifest, places: dict[str, int]) -> Section:
     return Section("buckets", title, says, [_plane(judged, facts, places), _by_task(m, judged)])
 
 
-def _by_task(m: Manifest, judged: pl.DataFrame) -> Table:
-    counts = [(pl.col("bucket") == b).sum().alias(str(b)) for b in Bucket]
-    found = judged.group_by("task").agg(pl.len().alias("n"), *counts, pl.col("reward").drop_nulls(), pl.col("side"))
+def _by_task(m: Manifest, judged: pl.LazyFrame) -> Table:
+    buckets = [(pl.col("bucket") == b).sum().alias(str(b)) for b in Bucket]
+    sides = [(pl.col("side") == side).sum().alias(side) for side in SIDES]
+    found = judged.group_by("task").agg(pl.len().alias("n"), *buckets, *sides, pl.col("reward").drop_nulls()).collect()
     rows = []
     for t in m.tasks.sort("stage").select("task").join(found, on="task", maintain_order="left").iter_rows(named=True):
         mean = math.fsum(t["reward"]) / len(t["reward"]) if t["reward"] else None
-        sides = [f"{t['side'].count(side):,}" for side in ("align", "conflict")] if any(t["side"]) else ["–"]
-        rows.append([short(t["task"]), count(t["n"]), *(count(t[b]) for b in Bucket), real(mean, 3), " / ".join(sides)])
+        beside = [f"{t[side]:,}" for side in SIDES] if any(t[side] for side in SIDES) else ["–"]
+        each = (count(t[b]) for b in Bucket)
+        rows.append([short(t["task"]), count(t["n"]), *each, real(mean, 3), " / ".join(beside)])
     rows, more = capped(rows, "tasks.parquet")
     header = ["task", "rollouts", *(_spaced(b) for b in Bucket), "mean reward", "align / conflict"]
     return Table(f"Buckets of each task.{more}", header, rows, list(range(1, len(header))))
 
 
-def _plane(judged: pl.DataFrame, facts: dict[str, Any], places: dict[str, int]) -> Plot:
+def _plane(judged: pl.LazyFrame, facts: dict[str, Any], places: dict[str, int]) -> Plot:
     """Rollouts by standardised log-probability and reward; by the plain ones where the rule is not known."""
-    rule, every = facts.get("rule"), {b: int((judged["bucket"] == b).sum()) for b in Bucket}
+    rule, found = facts.get("rule"), counts(judged, "bucket")
+    every = {b: found.get((str(b),), 0) for b in Bucket}
+    total = sum(every.values())
     points, n = _points(judged, facts, places), 0
     traces = []
     for bucket, (_, symbol) in BUCKETS.items():
@@ -90,15 +100,15 @@ def _plane(judged: pl.DataFrame, facts: dict[str, Any], places: dict[str, int]) 
     layout = {"height": 500, "shapes": lines} | {
         axis: {"title": {"text": text}, "zeroline": False} for axis, text in zip(("xaxis", "yaxis"), names, strict=True)
     }
-    rows = [[_spaced(b), BUCKETS[b][0], count(every[b]), percent(every[b], judged.height)] for b in Bucket]
+    rows = [[_spaced(b), BUCKETS[b][0], count(every[b]), percent(every[b], total)] for b in Bucket]
     table = Table(
         "Rollouts in each bucket, all of them.", ["bucket", "what it holds", "rollouts", "share"], rows, [2, 3]
     )
     note = "A click on a point opens its sample; dragging enlarges, a double click shows all."
     note += " Dashed lines are the thresholds." if rule else ""
-    if n < judged.height:
+    if n < total:
         note += (
-            f" Drawn are {n:,} of {judged.height:,} rollouts, evenly over buckets and tasks, so shares on the plane "
+            f" Drawn are {n:,} of {total:,} rollouts, evenly over buckets and tasks, so shares on the plane "
             "are not those of the set; the counts are of all."
         )
     alt = f"Scatter of probability against reward. {', '.join(f'{_spaced(b)} {every[b]:,}' for b in Bucket)}."
@@ -106,11 +116,11 @@ def _plane(judged: pl.DataFrame, facts: dict[str, Any], places: dict[str, int]) 
 
 
 def _points(
-    judged: pl.DataFrame, facts: dict[str, Any], places: dict[str, int]
+    judged: pl.LazyFrame, facts: dict[str, Any], places: dict[str, int]
 ) -> dict[str, list[tuple[float, float, int, str]]]:
     """Bucket -> (x, y, number of the sample, text) of the rollouts that are drawn: of prompts that the page holds."""
     rule, found = facts.get("rule"), {str(b): list[tuple[float, float, int, str]]() for b in Bucket}
-    here = judged.filter(pl.col("prompt_uid").is_in(list(places)), pl.col("reward").is_not_null())
+    here = judged.filter(pl.col("prompt_uid").is_in(list(places)), pl.col("reward").is_not_null()).collect()
     for row in evenly(here, ["bucket", "task"], MOST_POINTS).sort("uid").iter_rows(named=True):
         p, r = sequence_logp(row["token_logps"], rule["logp"] if rule else "mean"), row["reward"]
         if math.isnan(p):

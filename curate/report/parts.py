@@ -66,9 +66,9 @@ def newest_task(m: Manifest) -> str:
     return tasks[-1] if tasks else ""
 
 
-def left_out(m: Manifest) -> pl.DataFrame:
+def left_out(m: Manifest) -> pl.LazyFrame:
     """Source rows that are not in the set."""
-    return m.drops.filter(pl.col("step") != "augment")
+    return m.scan("drops").filter(pl.col("step") != "augment")
 
 
 def capped(rows: list[list[str]], file: str) -> tuple[list[list[str]], str]:

@@ -24,11 +24,18 @@ MOST_TAGS = 40
 
 def rows(m: Manifest) -> dict[str, Any]:
     """The page's rows, with the tasks, instructions and tags that they name by number."""
-    rolled = m.completions.filter(pl.col("origin") == "policy", pl.col("bucket").is_not_null())
-    order = rolled.group_by("bucket").len().sort("len", "bucket").select("bucket").with_row_index("rarity")
-    rarest = rolled.join(order, on="bucket").group_by("prompt_uid").agg(pl.col("rarity").min())
-    samples = m.samples.join(rarest, left_on="uid", right_on="prompt_uid", how="left")
-    return Rows(m, evenly(samples, ["task", "origin", "rarity"], MOST_ROWS)).page()
+    rolled = m.scan("completions").filter(pl.col("origin") == "policy", pl.col("bucket").is_not_null())
+    order = rolled.group_by("bucket").len().collect().sort("len", "bucket").select("bucket").with_row_index("rarity")
+    rarity = pl.col("bucket").replace_strict(dict(order.select("bucket", "rarity").iter_rows()), return_dtype=pl.UInt32)
+    samples = m.scan("samples").select("uid", "task", "origin")
+    if order.height:
+        rarest = rolled.select("prompt_uid", rarity=rarity).group_by("prompt_uid").agg(pl.col("rarity").min())
+        samples = samples.join(rarest, left_on="uid", right_on="prompt_uid", how="left", maintain_order="left")
+    else:
+        samples = samples.with_columns(rarity=pl.lit(None, dtype=pl.UInt32))
+    chosen = evenly(samples, ["task", "origin", "rarity"], MOST_ROWS)
+    shown = m.scan("samples").join(chosen.lazy().select("uid"), on="uid", how="semi").collect()
+    return Rows(m, chosen.select("uid").join(shown, on="uid", how="left", maintain_order="left")).page()
 
 
 def to_json(value: Any) -> str:
@@ -48,14 +55,15 @@ class Rows:
 
     def __init__(self, manifest: Manifest, samples: pl.DataFrame) -> None:
         m, uids = manifest, samples["uid"].to_list()
-        self.samples, self.total, self.story = samples, m.samples.height, Story(m)
+        self.samples, self.total, self.story = samples, m.height("samples"), Story(m)
         self.theta = (m.provenance.get("augment") or {}).get("theta")
         self.reduce = ((m.provenance.get("buckets") or {}).get("rule") or {}).get("logp", "mean")
         self.of_task = {t["task"]: t for t in m.tasks.sort("stage").iter_rows(named=True)}
         self.place = {task: i for i, task in enumerate(self.of_task)}
         self.rewrites = {r["uid"]: r for r in m.augmentations.filter(pl.col("kept"), pl.col("uid").is_in(uids))
                          .sort("template").iter_rows(named=True)}  # fmt: skip
-        answers = m.completions.filter(pl.col("prompt_uid").is_in(uids))
+        here = samples.lazy().select("uid")
+        answers = m.scan("completions").join(here, left_on="prompt_uid", right_on="uid", how="semi").collect()
         answers = answers.sort("origin", "rank", "uid", descending=[True, False, False], nulls_last=True)
         self.answers = {str(uid): frame for (uid,), frame in answers.group_by("prompt_uid", maintain_order=True)}
         drawn = m.instructions.join(samples, on=["task", "instruction"], how="semi")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import polars as pl
 
 from curate.manifest import Manifest
+from curate.manifest.tables import counts, height
 from curate.report.even import evenly
 from curate.report.parts import Plot, Section, Table, capped, count, label, left_out, newest_task, plural, real, short
-from curate.report.plots import SHORT, bars, height, names_axis
+from curate.report.plots import SHORT, bars, names_axis
+from curate.report.plots import height as pixels
 
 MOST_TASKS = 60  # that a plot shows
 MOST_POINTS = 2_000
@@ -71,7 +73,7 @@ def _heat(far: pl.DataFrame, newest: str, table: Table) -> Plot:
         "ygap": 2,
     }
     across = {"tickvals": [0], "ticktext": [f"to {label(newest, SHORT)}"], "side": "top", "showgrid": False}
-    layout = {"height": max(460, height(len(names))), "yaxis": names_axis(names), "xaxis": across}
+    layout = {"height": max(460, pixels(len(names))), "yaxis": names_axis(names), "xaxis": across}
     low, high = min(far["distance"].to_list()), max(far["distance"].to_list())
     alt = f"Heat map of {plural(far.height, 'distance')} to the newest task, from {real(low)} to {real(high)}."
     return Plot("distances", "Distance to the newest task", alt, [trace], layout, table, note, half=True)
@@ -156,18 +158,19 @@ def quotas(m: Manifest) -> Section:
 
 def drawn(m: Manifest) -> Section:
     """What is in the set and what was left, task by task, with the reasons."""
-    left, kept = left_out(m), m.samples.filter(pl.col("origin") != "augmented")
+    kept, left = m.scan("samples").filter(pl.col("origin") != "augmented"), left_out(m)
     both = pl.concat([kept.select("task", kind="origin"), left.select("task", kind=pl.lit("left"))])
-    counts = both.group_by("task").agg(
+    found = both.group_by("task").agg(
         (pl.col("kind") == kind).sum().alias(kind) for kind in ("current", "replay", "left")
     )
-    counts = m.tasks.select("task", "stage").join(counts, on="task", how="left").fill_null(0).sort("stage")
-    listed = " and listed in drops.parquet" if left.height else ""
-    says = [f"{plural(kept.height, 'source row')} are in the set, {plural(left.height, 'row')} were left out{listed}."]
-    rows, more = capped([[short(t), *map(count, n)] for t, _, *n in counts.iter_rows()], "drops.parquet")
+    n = m.tasks.select("task", "stage").join(found.collect(), on="task", how="left").fill_null(0).sort("stage")
+    n_kept, n_left = height(kept), height(left)
+    listed = " and listed in drops.parquet" if n_left else ""
+    says = [f"{plural(n_kept, 'source row')} are in the set, {plural(n_left, 'row')} were left out{listed}."]
+    rows, more = capped([[short(t), *map(count, each)] for t, _, *each in n.iter_rows()], "drops.parquet")
     header = ["task", "newest task", "replayed", "left out"]
     table = Table(f"Rows of each task.{more}", header, rows, [1, 2, 3])
-    shown, note = shown_tasks(counts)
+    shown, note = shown_tasks(n)
     series = [
         (name, shown[kind].to_list(), colour)
         for name, kind, colour in zip(
@@ -176,9 +179,9 @@ def drawn(m: Manifest) -> Section:
     ]
     title = "Rows in the set and left out"
     parts: list[Plot | Table] = [bars("rows", title, shown["task"].to_list(), series, "rows", table, note)]
-    reasons = m.drops.group_by("step", "reason").len("n").sort(["n", "step", "reason"], descending=[True, False, False])
-    if reasons.height:
-        why, more = capped([[s, short(r, 200), count(n)] for s, r, n in reasons.iter_rows()], "drops.parquet")
+    reasons = sorted(counts(m.scan("drops"), "step", "reason").items(), key=lambda each: (-each[1], each[0]))
+    if reasons:
+        why, more = capped([[s, short(r, 200), count(n)] for (s, r), n in reasons], "drops.parquet")
         caption = f"Why rows and rewrites were left out.{more}"
         parts.append(Table(caption, ["step", "reason", "rows"], why, [2]))
     return Section("drawn", "What was drawn and what was left", says, parts)

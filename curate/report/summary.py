@@ -5,24 +5,26 @@ from __future__ import annotations
 import polars as pl
 
 from curate.manifest import Manifest
+from curate.manifest.tables import counts, height, value
 from curate.report.parts import count, left_out, newest_task, percent, plural, real, short
 
 
 def tiles(m: Manifest) -> list[tuple[str, str, str]]:
     """(number, what it counts, a remark) of the figures at the top."""
     part, asked, rolled = "part" in m.provenance, m.provenance["replay"].get("asked"), _rollouts(m)
-    n = {o: m.samples.filter(origin=o).height for o in ("current", "replay", "augmented")}
+    n, n_rolled = _origins(m), height(rolled)
     found = [
         (count(m.tasks.height), "tasks", "with rows here" if part else "in the stream"),
-        (count(n["current"]), "rows of the newest task", f"of {count(m.samples.height)} in the set"),
+        (count(n["current"]), "rows of the newest task", f"of {count(m.height('samples'))} in the set"),
         (count(n["replay"]), "rows replayed", "" if part else f"{count(asked)} asked"),
     ]
     if m.augmentations.height:
         found.append((count(n["augmented"]), "rewrites kept", f"of {count(m.augmentations.height)}"))
-    if rolled.height:
-        found.append((count(rolled.height), "rollouts", f"of {plural(rolled['prompt_uid'].n_unique(), 'prompt')}"))
+    if n_rolled:
+        prompts = value(rolled, pl.col("prompt_uid").n_unique())
+        found.append((count(n_rolled), "rollouts", f"of {plural(prompts, 'prompt')}"))
     if not part:
-        found.append((count(left_out(m).height), "rows left out", "each with its reason"))
+        found.append((count(height(left_out(m))), "rows left out", "each with its reason"))
     return found
 
 
@@ -37,22 +39,27 @@ def sentences(m: Manifest) -> list[str]:
     else:
         newest = newest_task(m)
         says = [*_risk(tasks, newest), _picked(m, tasks), _what(m, newest)]
-    judged = _rollouts(m).filter(pl.col("bucket").is_not_null())
-    if judged.height:
-        noisy, good = (int((judged["bucket"] == b).sum()) for b in ("noisy", "high_performance"))
+    buckets = {bucket: n for (bucket,), n in counts(_rollouts(m), "bucket").items() if bucket is not None}
+    if judged := sum(buckets.values()):
+        noisy, good = (buckets.get(b, 0) for b in ("noisy", "high_performance"))
         says.append(
-            f"Which rollouts are noise? {count(noisy)} of {count(judged.height)} are noisy: unlikely and poorly "
-            f"rewarded ({percent(noisy, judged.height)}); {count(good)} are likely and well rewarded."
+            f"Which rollouts are noise? {count(noisy)} of {count(judged)} are noisy: unlikely and poorly "
+            f"rewarded ({percent(noisy, judged)}); {count(good)} are likely and well rewarded."
         )
     return [*says, "Why this row? Open any sample at the end of the page: it tells how it came to be there."]
 
 
-def _rollouts(m: Manifest) -> pl.DataFrame:
-    return m.completions.filter(origin="policy")
+def _rollouts(m: Manifest) -> pl.LazyFrame:
+    return m.scan("completions").filter(origin="policy")
+
+
+def _origins(m: Manifest) -> dict[str, int]:
+    found = counts(m.scan("samples"), "origin")
+    return {origin: found.get((origin,), 0) for origin in ("current", "replay", "augmented")}
 
 
 def _what(m: Manifest, newest: str) -> str:
-    current, replay, rewrites = (m.samples.filter(origin=o).height for o in ("current", "replay", "augmented"))
+    current, replay, rewrites = _origins(m).values()
     return (
         f"Training data for the task “{short(newest)}”, number {m.tasks.height} of a stream: {plural(current, 'row')} "
         f"of it, and {plural(replay, 'row')} of the tasks before it, replayed so that they are not forgotten"

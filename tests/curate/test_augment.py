@@ -22,7 +22,7 @@ from curate.augment import (
 )
 from curate.config import AugmentConfig
 from curate.ingest import ROWS
-from curate.manifest.schema import AUGMENTATIONS, DROPS, INSTRUCTIONS, SAMPLES, TASKS, sample_uid
+from curate.manifest.schema import AUGMENTATIONS, COMPLETIONS, DROPS, INSTRUCTIONS, SAMPLES, TASKS, sample_uid
 from curate.models.base import Completion
 from curate.policy import finish_augmentations
 from curate.score import MutualInformation
@@ -86,9 +86,9 @@ def test_rows_that_cannot_be_rewritten_are_not_asked():
             row("tools", message("user", "q"), tools="[]"),
             row("called", message("user", "q"), call, message("tool", "2"), message("user", "and?")),
             row("fine", message("user", "q")),
-        )
+        ).lazy()
     )
-    assert able["uid"].to_list() == ["fine"]
+    assert able.collect()["uid"].to_list() == ["fine"]
 
 
 def test_questions_of_like_length_stand_side_by_side():
@@ -264,10 +264,10 @@ def manifest_of(frame, theta):
     instructions = [{**dict.fromkeys(INSTRUCTIONS.schema), "uid": "i", "task": "t", "stage": 1, "instruction": "q"}]
     tasks = pl.DataFrame([{**dict.fromkeys(TASKS.schema), "task": "t", "stage": 1}], schema=TASKS.schema)
     frames = {"samples": samples, "drops": DROPS.empty(), "augmentations": every, "tasks": tasks,
-              "completions": pl.DataFrame(schema={"origin": pl.String}),
+              "completions": COMPLETIONS.empty(),
               "instructions": pl.DataFrame(instructions, schema=INSTRUCTIONS.schema)}  # fmt: skip
     frames = with_augmentations(frames, theta)
-    return {**frames, "tasks": counted(frames)}
+    return {name: frame.lazy().collect() for name, frame in frames.items()} | {"tasks": counted(frames)}
 
 
 def scored(frame, *scores):
