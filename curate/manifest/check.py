@@ -42,8 +42,8 @@ def _faults(folder: Path) -> list[str]:
         if table.file not in provenance["outputs"] and table not in tables_of(provenance):
             tables[table.name] = table.empty()
             continue
-        tables[table.name] = stored = Stored(folder / table.file, table, provenance)
         try:
+            tables[table.name] = stored = Stored(folder / table.file, table, provenance)
             found = validate(table, stored.lazy())
         except FileNotFoundError:
             found = [f"{table.file}: missing"]

@@ -114,9 +114,8 @@ def sides(m: Manifest) -> Iterator[str]:
     if threshold != (config.get("threshold") if config.get("similarity") else None):
         yield f"provenance.json: threshold of similarity {threshold}, but the configuration says another"
         return
-    right = pl.when(pl.col("similarity").is_not_null()).then(
-        pl.when(pl.col("similarity") >= threshold).then(pl.lit("align")).otherwise(pl.lit("conflict"))
-    )
+    near = pl.col("similarity") >= pl.lit(threshold, dtype=pl.Float64)
+    right = pl.when(near).then(pl.lit("align")).when(near.not_()).then(pl.lit("conflict"))
     wrong = m.scan("completions").filter(pl.col("side").ne_missing(right))
     for uid, similarity, side in wrong.select("uid", "similarity", "side").collect().iter_rows():
         if (similarity is None) != (side is None):

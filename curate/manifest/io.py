@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ STAGING = ".staging"
 
 
 class Stored:
-    """A table in its file, which has to stay the one that was read.
+    """A table in its file, which stays open: another build may put a new file in its place, and this one is still read.
 
     Args:
         path: of the file.
@@ -39,25 +40,12 @@ class Stored:
     """
 
     def __init__(self, path: Path, table: Table, provenance: Mapping[str, Any]) -> None:
-        self.path, self.table, self.provenance = path, table, provenance
-        self.stamp = self._stamp()
+        self.table, self.provenance, self.file = table, provenance, path.open("rb")
+        weakref.finalize(self, self.file.close)
 
     def lazy(self) -> pl.LazyFrame:
-        """The table, to be scanned.
-
-        Raises:
-            ManifestError: another build has replaced the file.
-        """
-        if self._stamp() != self.stamp:
-            raise ManifestError(f"{self.path}: another file than the one that was read; read the manifest again")
-        return of_this_version(pl.scan_parquet(self.path, glob=False), self.table, self.provenance)
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        """The table, to be scanned."""
+        return of_this_version(pl.scan_parquet(self.file), self.table, self.provenance)
 
 
 class Held:
@@ -184,13 +172,14 @@ def _stored(folder: Path, table: Table, provenance: Mapping[str, Any]) -> pl.Dat
     """A table of a manifest, which keeps to its schema."""
     if table.file not in provenance["outputs"]:
         return table.empty()  # a table that a later minor version has added
-    stored = Stored(folder / table.file, table, provenance)
+    path = folder / table.file
     try:
-        faults = validate(table, stored.lazy(), str(stored.path))
+        stored = Stored(path, table, provenance)
+        faults = validate(table, stored.lazy(), str(path))
     except FileNotFoundError:
-        raise ManifestError(f"{stored.path}: missing; run `curate build` again") from None
+        raise ManifestError(f"{path}: missing; run `curate build` again") from None
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ManifestError(f"{stored.path}: not readable as Parquet: {error}; run `curate build` again") from None
+        raise ManifestError(f"{path}: not readable as Parquet: {error}; run `curate build` again") from None
     if faults:
         raise ManifestError("\n".join(faults))
     return stored

@@ -266,8 +266,12 @@ def manifest_of(frame, theta):
     frames = {"samples": samples, "drops": DROPS.empty(), "augmentations": every, "tasks": tasks,
               "completions": COMPLETIONS.empty(),
               "instructions": pl.DataFrame(instructions, schema=INSTRUCTIONS.schema)}  # fmt: skip
-    frames = with_augmentations(frames, theta)
-    return {name: frame.lazy().collect() for name, frame in frames.items()} | {"tasks": counted(frames)}
+    frames = augmented(frames, theta)
+    return {**frames, "tasks": counted(frames)}
+
+
+def augmented(frames, theta):
+    return {name: frame.lazy().collect() for name, frame in with_augmentations(frames, theta).items()}
 
 
 def scored(frame, *scores):
@@ -300,7 +304,7 @@ def test_another_theta_replaces_what_was_there():
         made = manifest_of(frame, before)
         for after in (0.0, 0.2, 1.0):
             again = {**made, "augmentations": decided(made["augmentations"], after)}
-            moved, fresh = with_augmentations(again, after), manifest_of(frame, after)
+            moved, fresh = augmented(again, after), manifest_of(frame, after)
             assert moved["samples"].equals(fresh["samples"])
             assert moved["drops"].equals(fresh["drops"])
             assert counted(moved).equals(fresh["tasks"])
