@@ -205,8 +205,8 @@ import curate.manifest.io as io
 
 write, seen = io.write_parquet, []
 
-def cut(frame, path, table):
-    write(frame, path, table)
+def cut(rows, path, table, faults):
+    write(rows, path, table, faults)
     seen.append(table)
     if len(seen) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
