@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import fsspec
 import polars as pl
@@ -16,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from curate import claim
 from curate.build import build
 from curate.claim import LOCK, Owner, claimed
+from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.folder import refuse_foreign
 from curate.manifest import ManifestError, check, read
@@ -25,7 +25,6 @@ from curate.overrides import read_overrides
 from curate.storage import Place, fetch
 
 URL = "memory://bucket/run"
-STARTER = Path(__file__).parent.parent.parent / "examples/starter"
 
 
 @pytest.fixture(autouse=True)
@@ -277,11 +276,13 @@ def test_vectors_and_corrections_may_be_urls(config, storage):
     with pytest.raises(InputError, match=r"embed.path memory://bucket/v.parquet: not readable as Parquet"):
         build({**config(3), **measured})
     storage.pipe_file("/bucket/o.jsonl", b'{"uid": "a", "bucket": "noisy"}')
-    assert read_overrides("memory://bucket/o.jsonl") == {"a": "noisy"}
+    more = {"policy": "not-opened", "rollouts": {"k": 1}, "buckets": {"overrides": "memory://bucket/o.jsonl"}}
+    parsed = BuildConfig.parse({**config(3), **more})
+    place = parsed.resolve(parsed.buckets.overrides)
+    assert read_overrides(place) == {"a": "noisy"}
     storage.pipe_file("/bucket/o.jsonl", b"x")
-    more = {"policy": str(STARTER), "rollouts": {"k": 1}, "buckets": {"overrides": "memory://bucket/o.jsonl"}}
     with pytest.raises(InputError, match=r"memory://bucket/o.jsonl: line 1: no override"):
-        build({**config(3), **more})
+        read_overrides(place)
 
 
 # --- URLs ---
