@@ -179,18 +179,16 @@ def _sort(unsorted: Path, rows: int, folder: Path) -> None:
         every.sink_parquet(cut)
     for number in range(bins):
         here = sorted((unsorted / f"bin={number}").glob("*.parquet")) if bins > 1 else parts
-        rows_ = (
-            pl.read_parquet(here, schema=ROWS, hive_partitioning=False, glob=False)
-            if here
-            else pl.DataFrame(schema=ROWS)
-        )
-        rows_.sort("uid").write_parquet(folder / f"rows-{number:05d}.parquet", row_group_size=PART)
+        mine = pl.DataFrame(schema=ROWS)  # a bin may have no row
+        if here:
+            mine = pl.read_parquet(here, schema=ROWS, hive_partitioning=False, glob=False)
+        mine.sort("uid").write_parquet(folder / f"rows-{number:05d}.parquet", row_group_size=PART)
 
 
 def _finish(folder: Path, drops: list[dict[str, Any]], texts: dict[str, _Instruction], rows: int) -> None:
     pl.DataFrame(drops, schema=DROPS.schema).write_parquet(folder / "drops.parquet")
     pl.DataFrame(
-        sorted((found.uid, text, found.rows, sorted(found.tags)) for text, found in texts.items() if found.rows),
+        sorted((found.uid, text, found.rows, sorted(found.tags)) for text, found in texts.items()),
         schema={"uid": pl.String, "instruction": pl.String, "rows": pl.Int64, "tags": pl.List(pl.String)},
         orient="row",
     ).write_parquet(folder / "instructions.parquet")
