@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from accelerate import DistributedType, PartialState  # type: ignore[import-untyped]
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import strtobool
 
@@ -31,6 +32,16 @@ def zero3(arguments: Any) -> bool:
     """Whether DeepSpeed is asked to shard the parameters."""
     plugin = getattr(arguments, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
+
+
+def load_whole(arguments: Any) -> None:
+    """Models are loaded whole in each process, also where ZeRO-3 shards the policy later on, as FSDP2 does.
+
+    transformers would give every model of the process a share of its weights, whatever `zero3_init_flag` says: also a
+    reference or a reward, which no engine gathers.
+    """
+    if zero3(arguments):
+        unset_hf_deepspeed_config()
 
 
 def check_installed(keys: Mapping[str, Any]) -> None:

@@ -388,6 +388,7 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
         raise InputError("accelerator_config.split_batches: the batch size is that of a process here",
                          remedy="leave it out")  # fmt: skip
     parallel.check(arguments)
+    parallel.load_whole(arguments)
     split = parallel.sharded(arguments) or parallel.zero3(arguments)
     if isinstance(config, CppoConfig) and split:
         if config.rollouts.sync:

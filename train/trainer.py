@@ -33,7 +33,7 @@ from train.data import Examples
 from train.folder import checkpoints, mark, whole
 from train.methods.base import Method, RunAway
 from train.models import adapters_kept
-from train.parallel import Whole, compile_layers, shards_on_cpus
+from train.parallel import Whole, compile_layers, load_whole, shards_on_cpus
 from train.tally import Tally
 
 STATE = "method.safetensors"
@@ -76,6 +76,7 @@ class RehearseTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **more: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **more)
         self.whole = Whole(model) if self.is_fsdp_enabled else None
+        load_whole(self.args)  # accelerate has said otherwise; a reward may be loaded yet
         return model, loader
 
     def try_out(self) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -62,6 +63,12 @@ for name, sharded, command, *words in json.loads(Path(sys.argv[1]).read_text()):
         Path(sys.argv[2], f"{name}.{os.environ['RANK']}").write_text(str(error))
 destroy_process_group()
 """
+SRUN = """#!/bin/bash
+[[ $1 == --* ]] && shift
+for machine in 0 1; do SLURM_NODEID=$machine "$@" & done
+wait -n && wait -n
+"""
+"""Slurm's command where there is no Slurm: both machines are this one."""
 BROKEN = """
 import os
 from train.cli import main
@@ -139,11 +146,15 @@ def apart(a, b):
 
 
 def launched(config, *command):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-           "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
               str(ROOT / f"examples/accelerate/{config}.yaml")]  # fmt: skip
-    return subprocess.run([*launch, *map(str, command)], env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return executed(*launch, *command)
+
+
+def executed(*command, **more):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+           "CUDA_VISIBLE_DEVICES": "", **more}  # fmt: skip
+    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +275,49 @@ def test_two_processes_draw_judge_and_measure_the_same_samples(place, pairs):
             assert log(place / out, key) == pytest.approx(log(place / alone, key), rel=1e-3, abs=1e-4), (out, key)
     heads = [load_file(place / o / "value.safetensors") for o in ("gae", "gae_ddp")]
     assert apart(*heads) < 1e-5 and float(heads[0]["bias"].abs()) > 1e-4, "it has learned"
+
+
+# --- other launchers ---
+
+
+def test_two_machines_of_slurm_give_what_one_process_gives(place, plain, tmp_path):
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\n")
+    (tmp_path / "accelerate").write_text(
+        f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.launch "${{@:2}}"\n'
+    )
+    for tool in tmp_path.iterdir():
+        tool.chmod(0o755)
+    told = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a[1-2]", "SLURM_JOB_ID": str(os.getpid()),
+            "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    done = executed("bash", "examples/accelerate/slurm.sh", "cft", "--quiet",
+                    *settings(place, "slurm", "cft", each=2), **told)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((place / "slurm/run.json").read_text())["training"]
+    assert facts["processes"] == 2 and facts["sharded"]
+    assert apart(plain, weights(place / "slurm/model")) < 2e-5
+
+
+def test_the_settings_of_deepspeed_are_those_of_the_libraries(monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    monkeypatch.chdir(ROOT)  # the path inside is relative to it
+    found = load_config_from_file("examples/accelerate/deepspeed_zero3.yaml")
+    assert found.distributed_type == "DEEPSPEED" and not found.deepspeed_config["zero3_init_flag"]
+    file = json.loads(Path(found.deepspeed_config["deepspeed_config_file"]).read_text())
+    assert file["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("name", ["plain", "lora", "cppo"])
+def test_two_processes_of_deepspeed_give_what_one_gives(place, name):
+    command, *words = SHORT.get(name, ("cft", "kl.weight=0.5", "packing=true"))
+    found = trained(place, f"{name}_alone", command, *words)
+    done = launched("deepspeed_zero3", "-m", "train.cli", command, "--quiet",
+                    *settings(place, f"{name}_zero3", command, *words, each=2))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert apart(found, weights(place / f"{name}_zero3/model")) < 5e-5
+    assert log(place / f"{name}_zero3", "loss") == pytest.approx(log(place / f"{name}_alone", "loss"), rel=1e-3)
 
 
 # --- what stops ---
