@@ -393,5 +393,6 @@ def test_compiled_layers_give_the_same_and_are_compiled_once(place, plain, monke
     counters.clear()
     found = trained(place, "compiled", "cft", "torch_compile=true")
     assert apart(plain, found) < 2e-4  # Adam divides by the size of a gradient: rounding shows in steps of 0.01
+    assert log(place / "compiled", "loss")[:2] == pytest.approx(log(place / "plain", "loss")[:2], abs=1e-5)
     # one graph for the first batch's length, one for any: not one a layer, and not one a step
     assert counters["stats"]["unique_graphs"] == 2

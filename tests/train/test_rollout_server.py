@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -111,14 +114,17 @@ def policy(place, monkeypatch):
     found.http.server_close()
 
 
-def trained(place, out, policy, *more, method="cppo"):
+def words_of(place, out, policy, *more):
     server = f"{{backend: api, base_url: '{policy.url}/v1', model: tiny, retries: 0, concurrency: 1}}"
-    words = [f"model={place / 'start'}", f"data={place / 'data'}", f"out={out}", "max_steps=4", "optim=sgd",
+    return [f"model={place / 'start'}", f"data={place / 'data'}", f"out={out}", "max_steps=4", "optim=sgd",
              "per_device_train_batch_size=4", "learning_rate=0.1", "logging_steps=1", "save_steps=1", "too_long=drop",
              "rollouts={prompts: 8, max_new_tokens: 6, passes: 1}", f"rollouts.server={server}", 
              "max_grad_norm=100", "save_total_limit=9", "lr_scheduler_type=constant", "reward=rouge_l",
              *more]  # fmt: skip
-    run(method, *load(CONFIGS[method], place / "run.yaml", words))
+
+
+def trained(place, out, policy, *more, method="cppo"):
+    run(method, *load(CONFIGS[method], place / "run.yaml", words_of(place, out, policy, *more)))
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
 
 
@@ -290,6 +296,26 @@ def test_weights_that_stand_still_give_the_synchronous_run(place, policy, tmp_pa
         for key in ("loss", "policy", "reward", "gain", "value"):
             assert a[key] == pytest.approx(b[key], abs=1e-3), key
     assert "importance" not in other[0] and "version" not in kept(tmp_path / "sync", 0)
+
+
+def test_two_processes_draw_ahead_as_one_does(place, policy, tmp_path):
+    """By the shipped settings of DDP: each asks for its share, and one publishes when both have what they asked."""
+    policy.ids, more = True, (*AHEAD, "rollouts.staleness=1", "use_cpu=true")
+    trained(place, tmp_path / "one", policy, *more)
+    loads = policy.loads
+    words = words_of(place, tmp_path / "two", policy, *more, "per_device_train_batch_size=2")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["accelerate.commands.launch", "--config_file", "examples/accelerate/ddp.yaml", "-m", "train.cli", "cppo"]
+    done = subprocess.run([sys.executable, "-m", *launch, "--config", place / "run.yaml", "--quiet", *words],
+                          env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert policy.by[24:] == [loads + 1] * 16 + [loads + 2] * 8
+    for phase in range(3):
+        a, b = kept(tmp_path / "one", phase), kept(tmp_path / "two", phase)
+        assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(a["version"], b["version"])
+        torch.testing.assert_close(a["behaviour"], b["behaviour"], rtol=1e-3, atol=1e-3, equal_nan=True)
+    for key, value in weights(tmp_path / "one/model").items():
+        torch.testing.assert_close(weights(tmp_path / "two/model")[key], value, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bound_of_two_phases_holds(place, policy, tmp_path):
