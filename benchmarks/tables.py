@@ -1,10 +1,12 @@
 """Tables larger than memory: seconds and peak memory of build, check and report at growing numbers of rows.
 
-    python benchmarks/tables.py [--rows 100000,1000000,10000000] [--part stream|buckets] [--keep FOLDER]
+    python benchmarks/tables.py [--rows 100000,1000000,10000000] [--part stream|whole|buckets] [--keep FOLDER]
 
 stream: nine previous tasks hold 80% of the rows, the current one 20%; a row is about 150 bytes of text, as short as
 real instructions are; 3,600 distinct instructions with vectors made here. `build` runs each of its stages (no page), a
-tenth of the previous rows is drawn.
+tenth of the previous rows is drawn, so most rows end in drops.parquet.
+
+whole: the same with a budget above all there is, so that every row ends in samples.parquet.
 
 buckets: a manifest of one task whose prompts have 4 rollouts each (log-probabilities of 16 tokens and rewards from a
 generator, no model): `buckets` gives every rollout its bucket by the build's own rule and writes the manifest, then
@@ -51,13 +53,14 @@ WORDS = (
     "name sort rewrite translate explain count answer compare shorten complete check the line word text date price city"
 )
 PIECE = 65_536
+PARTS = ("stream", "whole", "buckets")
 ASKED = "What would you say?"
 
 
 # --- the stream ---
 
 
-def make_stream(folder: Path, rows: int) -> None:
+def make_stream(folder: Path, rows: int, replay: dict[str, float]) -> None:
     """Sources, vectors and config.yaml of a stream."""
     rng, words, tasks, texts = np.random.default_rng(0), WORDS.split(), list[dict[str, str]](), set[str]()
     for t in range(TASKS):
@@ -75,7 +78,7 @@ def make_stream(folder: Path, rows: int) -> None:
                 }
                 file.write(json.dumps(row) + "\n")
         tasks.append({"name": f"t{t}", "path": f"t{t}.jsonl", "format": "alpaca", "license": "MIT"})
-    config = {"name": "tables", "tasks": tasks, "replay": {"budget": rows * 4 // 5 // 10}, "out": str(folder / "run"),
+    config = {"name": "tables", "tasks": tasks, "replay": replay, "out": str(folder / "run"),
               "embed": {"backend": "precomputed", "path": "vectors.parquet"}}  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     texts.update(_tags(folder, sorted(texts)))
@@ -239,9 +242,12 @@ def run(step: str, folder: Path) -> dict[str, float]:
 
 def measure(part: str, rows: int, folder: Path) -> dict[str, float]:
     """Seconds of every stage and step, and the peak of each process."""
-    (make_stream if part == "stream" else make_rollouts)(folder, rows)
+    if part == "buckets":
+        make_rollouts(folder, rows)
+    else:
+        make_stream(folder, rows, {"budget": rows * 4 // 5 // 10} if part == "stream" else {"ratio": 100})
     found: dict[str, float] = {"rows": rows}
-    for step in ("build" if part == "stream" else "buckets", "check", "report"):
+    for step in ("buckets" if part == "buckets" else "build", "check", "report"):
         found |= (figures := run(step, folder))
         sys.stderr.write(f"{rows:,} { ({k: round(v, 2) for k, v in figures.items()}) }\n")
     return found
@@ -271,7 +277,7 @@ def main() -> None:
     """Make, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="100000,1000000,10000000")
-    parser.add_argument("--part", choices=("stream", "buckets"), action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--keep", type=Path, help="work here, and leave everything there")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -279,7 +285,7 @@ def main() -> None:
         stages = STEPS[given.step](given.keep)
         sys.stdout.write(json.dumps({"stages": stages, "peak": peak()}))
         return
-    for part in given.part or ("stream", "buckets"):
+    for part in given.part or PARTS:
         found = []
         for rows in map(int, given.rows.split(",")):
             folder = given.keep / f"{part}-{rows}" if given.keep else Path(tempfile.mkdtemp(prefix="tables-"))
