@@ -157,9 +157,8 @@ def _quotas(m: Manifest) -> Iterator[str]:
 def _counts(m: Manifest) -> Iterator[str]:
     """Rows, instructions, grants and means of a task or instruction are what the other tables hold."""
     known = m.instructions.lazy().select("task", "instruction", pl.col("uid").alias("instruction_uid"))
-    gone = (
-        m.scan("drops").filter(step="rollout").join(known.drop("task"), on="instruction_uid")
-    )  # drawn, then left out because the policy had no good answer
+    # drawn, then left out because the policy had no good answer
+    gone = m.scan("drops").filter(step="rollout").join(known.drop("task"), on="instruction_uid")
     taken = pl.concat([m.scan("samples").filter(origin="replay").select("task", "instruction"),
                        gone.select("task", "instruction")])  # fmt: skip
     drawn = taken.group_by("task", "instruction").len("drawn").collect()
