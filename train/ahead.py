@@ -11,6 +11,9 @@ asked for. So the weights that draw phase q are of version q − n at least: the
 A run that goes on gives the server the last published weights again. Phases that are on the disk are kept, answers of a
 phase that is not whole too (they are within the bound), and the rest is asked for. A step that a checkpoint has seen is
 not taken again; one after it is, by the same samples.
+
+The manifest of an asynchronous phase holds log-probabilities of the policy where the phase begins, as its label says;
+those of the weights that drew are beside it in `samples.safetensors`. (`rollouts.offline` does not know them.)
 """
 
 from __future__ import annotations

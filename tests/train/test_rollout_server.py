@@ -69,6 +69,7 @@ class Policy:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = False  # closing waits for the answer that is being computed
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -374,23 +375,25 @@ def test_a_server_that_tells_no_log_probabilities_cannot_be_corrected(place, pol
 
 def test_a_run_that_fails_leaves_no_request_behind(place, policy, tmp_path):
     """The reward of the first phase fails while the second is being drawn: the run does not wait for that."""
-    answer, hold = policy.answer, threading.Event()
+    answer, hold, late = policy.answer, threading.Event(), []
 
     def slow(body):
-        if policy.requests >= 9:
-            hold.wait(60)
-        return answer(body)
+        found = answer(body)
+        if policy.requests > 8:  # of the second phase
+            hold.wait(20)
+            late.append(policy.requests)
+        return found
 
     policy.answer = slow
     (place / "failing.py").write_text(
         "def fails(prompts, completions, references):\n    raise ValueError('no judge')\n"
     )
-    began = threading.active_count()
     with pytest.raises(InputError, match="no judge"):
         trained(place, tmp_path / "out", policy, *AHEAD, "rollouts.staleness=1",
                 "reward={kind: python, function: 'failing:fails', retries: 0}")  # fmt: skip
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("rollouts")], began
+    waited = list(late)
     hold.set()
+    assert not waited and not [t.name for t in threading.enumerate() if t.name.startswith("rollouts")]
 
 
 def test_what_a_server_has_told():
