@@ -9,6 +9,7 @@ the three templates are ours, since the paper's are not public; what the length 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import polars as pl
@@ -23,6 +24,7 @@ Question: TypeAlias = tuple[dict[str, Any], str, Prompt]
 """A row, the name of a template, and what the policy is asked."""
 
 MI_VERSION = 1
+MI: dict[str, Any] = {"mi_input": pl.Float64, "mi_output": pl.Float64}
 PAIRS = 1024  # rewrites whose scores are kept together
 
 TEMPLATES = {
@@ -167,25 +169,27 @@ def information(
     frame: pl.DataFrame, texts: Sequence[str], store: Store, done: Advance = lambda n: None
 ) -> pl.DataFrame:
     """`frame` with mi_input = MI(x, x̂) and mi_output = MI(y, ŷ), null where there is a fault."""
-    work = mi_blocks(frame, texts, store)
-    fitted: list[Any] = []
+    frames = mi_blocks(frame, texts, store).frames(Information(texts), done)
+    return pl.concat([frame, pl.concat([pl.DataFrame(schema=MI), *frames])], how="horizontal")
 
-    def measure(items: Sequence[dict[str, Any]]) -> pl.DataFrame:
+
+class Information:
+    """Both scores of rewrites against a corpus, which is counted at the first of them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> pl.DataFrame:
+        """mi_input, mi_output of every rewrite."""
+        score = self._fitted.score
+        found = [(None, None) if i["fault"] else (score(i["x"], i["x_hat"]), score(i["y"], i["y_hat"])) for i in items]
+        return pl.DataFrame(found, schema=MI, orient="row")
+
+    @cached_property
+    def _fitted(self) -> Any:
         from curate.score import MutualInformation
 
-        if not fitted:
-            fitted.append(MutualInformation.fit(texts))
-        mi = fitted[0]
-        return pl.DataFrame(
-            {
-                "mi_input": [None if i["fault"] else mi.score(i["x"], i["x_hat"]) for i in items],
-                "mi_output": [None if i["fault"] else mi.score(i["y"], i["y_hat"]) for i in items],
-            },
-            schema={"mi_input": pl.Float64, "mi_output": pl.Float64},
-        )
-
-    empty = pl.DataFrame(schema={"mi_input": pl.Float64, "mi_output": pl.Float64})
-    return pl.concat([frame, pl.concat([empty, *work.frames(measure, done)])], how="horizontal")
+        return MutualInformation.fit(self.texts)
 
 
 def mi_blocks(frame: pl.DataFrame, texts: Sequence[str], store: Store) -> Blocks[dict[str, Any]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import polars as pl
@@ -61,19 +59,11 @@ class Blocks(Generic[Item]):
         return sum(len(items) for key, items in self.parts if not self.store.has(self.stage, key))
 
     def frames(
-        self, make: Callable[[Sequence[Item]], pl.DataFrame], done: Advance = lambda n: None
+        self, make: Callable[[Sequence[Item]], pl.DataFrame], done: Advance = lambda n: None, here: bool = False
     ) -> list[pl.DataFrame]:
-        """The result of every block, computed by `make` where it is missing; `done(n)` is told of every n new items."""
-        found = []
-        for key, items in self.parts:
-            made: list[int] = []
-            folder = self.store.get(self.stage, key, partial(_write, make, items, made))
-            found.append(pl.read_parquet(folder / RESULT, glob=False))
-            if made:
-                done(len(items))
-        return found
+        """The result of every block, computed by `make` where it is missing; `done(n)` is told of every n new items.
 
-
-def _write(make: Callable[[Sequence[Any]], pl.DataFrame], items: Sequence[Any], made: list[int], folder: Path) -> None:
-    make(items).write_parquet(folder / RESULT)
-    made.append(len(items))
+        `make` goes to where the engine computes, so it must be one that can be pickled, unless `here` is set.
+        """
+        self.store.fill(self.stage, RESULT, self.parts, make, lambda items: done(len(items)), here=here)
+        return [pl.read_parquet(self.store.path(self.stage, key) / RESULT, glob=False) for key in self.keys]

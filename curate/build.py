@@ -24,9 +24,10 @@ import polars as pl
 from curate.assemble import assemble, picked
 from curate.cached import Cached
 from curate.config import BuildConfig, ModelConfig
-from curate.distance import Distance, Side, side, task_distance
+from curate.distance import Distance, ToCurrent
 from curate.draw import Pools
 from curate.embed import Embeddings
+from curate.engine import open_engine
 from curate.errors import InputError
 from curate.folder import locked
 from curate.ingest import VERSION as READ_VERSION
@@ -72,7 +73,11 @@ def build(
         config = BuildConfig.load(config)
     elif not isinstance(config, BuildConfig):
         config = BuildConfig.parse(dict(config))
-    return Build(config, screen or Silent()).run(page)
+    made = Build(config, screen or Silent())
+    try:
+        return made.run(page)
+    finally:
+        made.store.engine.close()
 
 
 class Build:
@@ -83,9 +88,8 @@ class Build:
         self.base = Path(config.base)
         self.place = Place(config.out)
         self.out = self.place.folder
-        self.store = Store(config.cache_dir)
+        self.store = Store(config.cache_dir, open_engine(config.engine))
         self.selector = SELECTORS[config.replay.selector]
-        self._current: Side | None = None
 
     def run(self, page: bool = True) -> Manifest:
         """All stages; the manifest is published at the very end, and its page behind it."""
@@ -255,13 +259,14 @@ class Build:
     def distances(self, tasks: list[TaskRows], vectors: list[str]) -> tuple[list[str], list[Distance]]:
         """Stage distance: W(previous task, current task) for each previous task."""
         *previous, current = tasks
-        keys, found = self.distance_keys(tasks, vectors), []
+        keys = self.distance_keys(tasks, vectors)
         with self._stage_unless_cached("distance", keys, "tasks", total=len(previous)) as advance:
-            for task, key in zip(previous, keys, strict=True):
-                path = self.store.get("distance", key, partial(self._write_distance, task, current))
-                found.append(Distance(**pl.read_parquet(path / "distance.parquet", glob=False).row(0, named=True)))
-                advance(1)
-        return keys, found
+            if not all(self.store.has("distance", key) for key in keys):
+                make = ToCurrent(*self._masses(current), self.config.distance, self.config.seed)
+                self.store.fill("distance", "distance.parquet", zip(keys, previous, strict=True), make,
+                                lambda _: advance(1), self._masses)  # fmt: skip
+        paths = [self.store.path("distance", key) / "distance.parquet" for key in keys]
+        return keys, [Distance(**pl.read_parquet(path, glob=False).row(0, named=True)) for path in paths]
 
     def distance_keys(self, tasks: list[TaskRows], vectors: list[str]) -> list[str]:
         """Keys of the distances; the seed matters only where a side is quantised."""
@@ -272,21 +277,11 @@ class Build:
             for t, v in zip(tasks[:-1], vectors, strict=False)
         ]  # fmt: skip
 
-    def _write_distance(self, task: TaskRows, current: TaskRows, folder: Path) -> None:
-        result = task_distance(self._side(task), self._current_side(current))
-        pl.DataFrame([vars(result)]).write_parquet(folder / "distance.parquet")
-
-    def _side(self, task: TaskRows) -> Side:
+    def _masses(self, task: TaskRows) -> tuple[Any, Any]:
+        """Vectors and masses of a task's instructions."""
         found = task.instructions
         mass = found["rows"].to_numpy() if self.config.distance.weights == "frequency" else np.ones(found.height)
-        points = self.embeddings.of(found["instruction"].to_list())
-        return side(points, mass, self.config.distance, self.config.seed)
-
-    def _current_side(self, current: TaskRows) -> Side:
-        """The current task's side, which every distance of a build shares."""
-        if self._current is None:
-            self._current = self._side(current)
-        return self._current
+        return self.embeddings.of(found["instruction"].to_list()), mass
 
     def tags(self, tasks: list[TaskRows]) -> tuple[str, Path]:
         """Stages tags and score: a key, and the folder with canonical tags, InsInfo and the tags table."""
@@ -301,7 +296,8 @@ class Build:
         key = self.score_key(raw_key, vectors_key, tasks)
         with self._stage_unless_cached("score", [key], "tags", len(phrases)) as advance:
             folder = self.store.get("score", key, lambda folder: score(
-                raw, self.embeddings.of(phrases) if merge else None, cfg, left_out, folder, advance))  # fmt: skip
+                raw, self.embeddings.of(phrases) if merge else None, cfg, left_out, folder, advance,
+                self.store.engine))  # fmt: skip
         return key, folder
 
     def raw_tags_key(self, tasks: list[TaskRows]) -> str:
@@ -312,7 +308,7 @@ class Build:
 
     def score_key(self, raw_key: str, vectors_key: str | None, tasks: list[TaskRows]) -> str:
         """Key of canonical tags and InsInfo."""
-        cfg = self.config.tags.model_dump(exclude={"model", "max_new_tokens"})
+        cfg = self.config.tags.model_dump(exclude={"model", "max_new_tokens", "device"})
         return key_of("score", TAGS_VERSION, raw_key, vectors_key, cfg, self._left_out(tasks))
 
     def _left_out(self, tasks: list[TaskRows]) -> str | None:
@@ -416,7 +412,7 @@ class Build:
     ) -> Manifest:
         """Stage manifest: the tables, unless `out` holds exactly these already."""
         facts = {
-            "config": self.config.model_dump(exclude={"out", "cache"}),
+            "config": self.config.model_dump(exclude={"out", "cache", "engine"}),
             "inputs": _inputs(self.stream, sources, tasks),
             "replay": {"asked": asked, "selector": self.config.replay.selector, "about": self.selector.about},
             "embedder": self.embedder.fingerprint if self.needs_vectors else None,

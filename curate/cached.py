@@ -6,9 +6,9 @@ are cut into blocks in the order in which they come; a build that is killed lose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import polars as pl
@@ -17,6 +17,7 @@ from curate.blocks import Advance, Blocks
 from curate.errors import InputError
 from curate.manifest.schema import content_hash, plain_message
 from curate.models.base import Completion, Generator, Message, Prompt, Sampling, Scorer
+from curate.models.travel import Travels
 from curate.store import Store
 
 VERSION = 1
@@ -58,13 +59,14 @@ class Cached:
         """The model's; kept, since asking for it loads the tokenizer."""
         block = Blocks(self.store, "tokenizer", [VERSION, self.fingerprint], [None], [""], 1)
         frames = block.frames(lambda _: pl.DataFrame({"tokenizer": [self.model.tokenizer_fingerprint]},
-                                                     schema={"tokenizer": pl.String}))  # fmt: skip
+                                                     schema={"tokenizer": pl.String}), here=True)  # fmt: skip
         return cast("str | None", frames[0].item())
 
     def room(self, prompts: Sequence[Prompt]) -> list[int | None]:
         """The model's."""
         work = Blocks(self.store, "room", [VERSION, self.fingerprint], prompts, [_name(p) for p in prompts], ROOM)
-        frames = work.frames(lambda part: pl.DataFrame({"room": self.model.room(part)}, schema={"room": pl.Int64}))
+        frames = work.frames(lambda part: pl.DataFrame({"room": self.model.room(part)}, schema={"room": pl.Int64}),
+                             here=True)  # fmt: skip
         return [room for frame in frames for room in frame["room"]]
 
     def to_generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> int:
@@ -75,7 +77,7 @@ class Cached:
         self, prompts: Sequence[Prompt], sampling: Sampling, done: Advance = lambda n: None
     ) -> list[list[Completion]]:
         """The model's; `done(n)` is told of every n prompts that were answered anew."""
-        frames = self._generated(prompts, sampling).frames(lambda part: self._ask(part, sampling), done)
+        frames = self._generated(prompts, sampling).frames(partial(_ask, self.model, sampling), done, self._stays)
         rows = [_completion(row) for frame in frames for row in frame.iter_rows(named=True)]
         return [rows[at : at + sampling.k] for at in range(0, len(rows), sampling.k)]
 
@@ -96,8 +98,7 @@ class Cached:
                 f"{self.fingerprint}: a server cannot measure the log-probability of given answers",
                 remedy="use a policy with backend: transformers for selectors that go by the loss",
             )
-        measure: Callable[..., list[Completion | None]] = cast(Scorer, self.model).score
-        frames = self._scored(pairs).frames(lambda part: _scores(measure(part)), done)
+        frames = self._scored(pairs).frames(partial(_scores, cast(Scorer, self.model)), done, self._stays)
         rows = [row for frame in frames for row in frame.iter_rows(named=True)]
         return [_completion(row) if row["token_logps"] is not None else None for row in rows]
 
@@ -115,14 +116,20 @@ class Cached:
         names = [content_hash([_name(p), _plain(answer)]) for p, answer in pairs]
         return Blocks(self.store, "loss", how, pairs, names, SCORED)
 
-    def _ask(self, prompts: Sequence[Prompt], sampling: Sampling) -> pl.DataFrame:
-        answers = self.model.generate(prompts, sampling)
-        return pl.DataFrame([vars(c) for some in answers for c in some], schema=COMPLETION)
+    @property
+    def _stays(self) -> bool:
+        """True where the model is asked from here whatever the engine is: a server is a pool of its own."""
+        return not isinstance(self.model, Travels)
 
 
-def _scores(found: Sequence[Completion | None]) -> pl.DataFrame:
+def _ask(model: Generator, sampling: Sampling, prompts: Sequence[Prompt]) -> pl.DataFrame:
+    answers = model.generate(prompts, sampling)
+    return pl.DataFrame([vars(c) for some in answers for c in some], schema=COMPLETION)
+
+
+def _scores(model: Scorer, pairs: Sequence[tuple[Prompt, Sequence[Message]]]) -> pl.DataFrame:
     nothing = Completion("")
-    return pl.DataFrame([vars(nothing if c is None else c) for c in found], schema=COMPLETION)
+    return pl.DataFrame([vars(nothing if c is None else c) for c in model.score(pairs)], schema=COMPLETION)
 
 
 def _completion(row: dict[str, Any]) -> Completion:

@@ -279,6 +279,9 @@ class TagsConfig(Section):
     cluster: bool = Field(True, description="merge tags by DBSCAN over phrase embeddings")
     eps: float = Field(0.1, gt=0, lt=2, description="DBSCAN radius in cosine distance (InsCL: 0.1)")
     min_samples: int = Field(5, gt=0, description="DBSCAN: neighbours of a core point, itself included (InsCL: 5)")
+    device: str | None = Field(
+        None, description="where DBSCAN's radius graph is computed: cpu, cuda; by default what the machine has"
+    )
     min_frequency: int = Field(1, gt=0, description="leave out tags that fewer instructions of the pool carry")
 
 
@@ -289,6 +292,42 @@ class ScoreConfig(Section):
         "previous",
         description="instructions that f_t and N count: previous tasks (paper), or the current one too (code)",
     )
+
+
+class EngineConfig(Section):
+    """Who computes: this process, or Ray actors. Both give the same manifest, as long as `threads` is the same."""
+
+    kind: Literal["local", "ray"] = Field("local", description="ray: a pool of actors (extra `ray`)")
+    workers: int | None = Field(
+        None, gt=0, le=100_000, description="ray only: actors; by default as many as the cluster has room for"
+    )
+    gpus: float = Field(0, ge=0, le=64, description="ray only: GPUs an actor; 0.5 = two actors share one")
+    cpus: float | None = Field(
+        None, ge=0, le=4096, description="ray only: CPUs an actor; by default its threads, with a GPU 1"
+    )
+    threads: int | None = Field(
+        None, gt=0, le=4096,
+        description="threads of a forward pass on a CPU; by default what torch takes here, on every node. The last "
+        "bits of what a model writes may depend on it, so set it where machines differ",
+    )  # fmt: skip
+    address: str | None = Field(
+        None, description="ray only: auto, HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, or Ray is started here"
+    )
+    patience: float = Field(
+        600, gt=0, le=86_400, description="ray only: seconds without any actor until it is given up"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> EngineConfig:
+        given = [key for key in ("workers", "gpus", "cpus", "address") if key in self.model_fields_set]
+        if self.kind == "local" and given:
+            raise ValueError(f"`engine.{given[0]}` belongs to `engine.kind: ray`")
+        return self
 
 
 class RolloutsConfig(Section):
@@ -420,6 +459,7 @@ class BuildConfig(Section):
     buckets: BucketsConfig = Field(BucketsConfig.model_validate({}), description="five classes of rollouts")
     candidates: CandidatesConfig = Field(CandidatesConfig.model_validate({}), description="ranked sets and sides")
     augment: AugmentConfig | None = Field(None, description="self-distilled augmentation; null = none")
+    engine: EngineConfig = Field(EngineConfig.model_validate({}), description="who computes: local, or ray")
     out: Place = Field(
         "runs/replay",
         description="folder of the manifest, relative to the working directory; or a URL: s3://, gs://, hf://",

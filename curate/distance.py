@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from curate.config import DistanceConfig
@@ -102,6 +104,28 @@ def task_distance(a: Side, b: Side) -> Distance:
     below = value - max(0.0, float(np.sqrt(2 * value)) - a.error - b.error) ** 2 / 2
     above = (a.error**2 + b.error**2) / 2
     return Distance(value, max(below, above), "centroids")
+
+
+class ToCurrent:
+    """Distances of tasks to the current one, whose side is made once, at the first of them.
+
+    Args:
+        points: [n, d] the current task's instructions.
+        weights: [n] their masses.
+        config: sizes of a side.
+        seed: of the centroids.
+    """
+
+    def __init__(self, points: ArrayLike, weights: ArrayLike, config: DistanceConfig, seed: int) -> None:
+        self.points, self.weights, self.config, self.seed = points, weights, config, seed
+
+    def __call__(self, task: tuple[ArrayLike, ArrayLike]) -> pl.DataFrame:
+        """The `Distance` of a task, given as points [m, d] and masses [m], as a table of one row."""
+        return pl.DataFrame([vars(task_distance(side(*task, self.config, self.seed), self._current))])
+
+    @cached_property
+    def _current(self) -> Side:
+        return side(self.points, self.weights, self.config, self.seed)
 
 
 def _quantise(x: Matrix, mass: Matrix, k: int, seed: int) -> Side:

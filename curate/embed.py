@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ import polars as pl
 
 from curate.manifest.schema import content_hash
 from curate.models.embedder import Embedder, Vectors
+from curate.models.travel import Travels
 from curate.store import Store, key_of
 
 VERSION = 1
 BLOCK = 1024
 STAGE = "embed"
+FILE = "embeddings.parquet"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class Embeddings:
 
     def compute(self, done: Callable[[int], None] = lambda n: None) -> None:
         """Embed the missing blocks; `done(n)` is told of every n texts."""
-        for block in self.missing():
-            self._get(block)
-            done(len(block.texts))
+        self.store.fill(
+            STAGE, FILE, [(b.key, b.texts) for b in self.blocks], partial(_embed, self.embedder),
+            lambda texts: done(len(texts)), here=not isinstance(self.embedder, Travels),
+        )  # fmt: skip
 
     def of(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d] of n planned texts."""
@@ -71,12 +75,14 @@ class Embeddings:
         return np.stack([self._loaded[i][row] for i, row in places]) if places else np.zeros((0, 0), np.float32)
 
     def _get(self, block: Block) -> Path:
-        return self.store.get(STAGE, block.key, lambda folder: _write(folder, self.embedder.encode(block.texts)))
+        return self.store.get(
+            STAGE, block.key, lambda folder: _embed(self.embedder, block.texts).write_parquet(folder / FILE)
+        )
 
 
-def _write(folder: Path, vectors: Vectors) -> None:
-    pl.DataFrame({"embedding": vectors}).write_parquet(folder / "embeddings.parquet")
+def _embed(embedder: Embedder, texts: Sequence[str]) -> pl.DataFrame:
+    return pl.DataFrame({"embedding": embedder.encode(texts)})
 
 
 def _read(folder: Path) -> Vectors:
-    return np.asarray(pl.read_parquet(folder / "embeddings.parquet", glob=False)["embedding"].to_numpy(), np.float32)
+    return np.asarray(pl.read_parquet(folder / FILE, glob=False)["embedding"].to_numpy(), np.float32)

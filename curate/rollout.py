@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -114,16 +115,15 @@ def rewards(
     rolled: pl.DataFrame, rows: pl.DataFrame, reward: Reward, store: Store, done: Advance = lambda n: None
 ) -> pl.Series:
     """Reward of every rollout; null where the reward is not a number."""
-    work = reward_blocks(rolled, rows, reward, store)
-
-    def measure(items: Sequence[Any]) -> pl.DataFrame:
-        prompts, texts, references = zip(*items, strict=True)
-        found = reward(prompts, texts, references)
-        values = [value if abs(value) < LARGEST else None for value in found]  # NaN compares false
-        return pl.DataFrame({"reward": values}, schema={"reward": pl.Float64})
-
-    frames = work.frames(measure, done)
+    frames = reward_blocks(rolled, rows, reward, store).frames(partial(_judge, reward), done)
     return pl.concat([pl.DataFrame(schema={"reward": pl.Float64}), *frames])["reward"]
+
+
+def _judge(reward: Reward, items: Sequence[Any]) -> pl.DataFrame:
+    prompts, texts, references = zip(*items, strict=True)
+    found = reward(prompts, texts, references)
+    values = [value if abs(value) < LARGEST else None for value in found]  # NaN compares false
+    return pl.DataFrame({"reward": values}, schema={"reward": pl.Float64})
 
 
 def reward_blocks(rolled: pl.DataFrame, rows: pl.DataFrame, reward: Reward, store: Store) -> Blocks[Any]:

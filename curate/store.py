@@ -13,13 +13,16 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import polars as pl
+
+from curate.engine import Engine, Local
 from curate.manifest.io import sha256_file, sync
 from curate.manifest.schema import content_hash
 
@@ -57,11 +60,14 @@ _HALF = re.compile(r"\.[0-9a-f]{32}\.([0-9a-f]{8})-([0-9]{1,9})\.[0-9a-f]{8}")
 CONTENTS = "contents.json"  # file name -> sha256, in every result
 
 
-class Store:
-    """Stage results by (stage, key)."""
+Item = TypeVar("Item")
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+
+class Store:
+    """Stage results by (stage, key). `engine` computes those that are missing."""
+
+    def __init__(self, root: Path, engine: Engine | None = None) -> None:
+        self.root, self.engine = root, engine or Local()
 
     def path(self, stage: str, key: str) -> Path:
         """Where a result is or will be."""
@@ -74,14 +80,45 @@ class Store:
     def get(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
         """The result's folder; `make(folder)` fills it first where it is missing, or where its bytes were changed."""
         path = self.path(stage, key)
+        if not self._whole(path):
+            with self._new(path) as folder:
+                make(folder)
+        return path
+
+    def fill(
+        self,
+        stage: str,
+        file: str,
+        parts: Iterable[tuple[str, Item]],
+        make: Callable[[Any], pl.DataFrame],
+        done: Callable[[Item], None] = lambda item: None,
+        prepare: Callable[[Item], Any] | None = None,
+        here: bool = False,
+    ) -> None:
+        """Compute the results that are missing, each a table `make(item)` in `file`, by the engine.
+
+        Args:
+            stage: name of the stage.
+            file: name of the table in a result's folder.
+            parts: (key, item); equal keys are one result.
+            make: can be pickled; sees `prepare(item)`.
+            done: told of every item whose result is there now.
+            prepare: what an item is made into here before it is handed out: texts looked up, say.
+            here: in this process, whatever the engine is.
+        """
+        missing = {key: item for key, item in parts if not self._whole(self.path(stage, key))}
+        ready = ((key, prepare(item) if prepare else item) for key, item in missing.items())
+        for key, frame in (Local() if here else self.engine).map(make, ready):
+            self.get(stage, key, lambda folder, frame=frame: frame.write_parquet(folder / file))  # type: ignore[misc]
+            done(missing[key])
+
+    def _whole(self, path: Path) -> bool:
+        """Whether a result is there with the bytes that were stored; a damaged one is removed."""
         if path.is_dir() and not _sound(path):
             shutil.rmtree(path)
         elif path.exists() and not path.is_dir():
             path.unlink()
-        if not path.is_dir():
-            with self._new(path) as folder:
-                make(folder)
-        return path
+        return path.is_dir()
 
     @contextmanager
     def _new(self, path: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,15 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from spacy.lookups import load_lookups
 
+from curate.engine import Engine, Local
+from curate.models.neighbours import BLOCK, Near, degrees, edges, lowest
+
 Ints = NDArray[np.int64]
 
 LONGEST = 2  # words in a phrase
 FLOOR = 3  # tags that a text gets even where it shares none of them with another text
 LEAD = 10.0  # words after which a phrase's position starts to count against it
 LONGEST_WORD = 40  # letters; above it, it is a blob (base64, unspaced script), not a word
-BLOCK = 256  # rows of similarities held at once: 100 MB at 100,000 phrases
 ROUNDING = 5e-7  # a float32 dot product of unit vectors is off by less; keeps the radius inclusive
 
 _SOFT = frozenset('-‐‑*`"“”„«»‘_~')  # may stand inside a phrase: "open-ended", "the **main** idea"
@@ -303,6 +305,8 @@ def cluster(
     counts: Sequence[int],
     eps: float = 0.1,
     min_samples: int = 5,
+    engine: Engine | None = None,
+    device: str = "cpu",
 ) -> Clusters:
     """DBSCAN over unique phrases; a cluster is named after its most frequent member, ties alphabetical.
 
@@ -317,12 +321,14 @@ def cluster(
         counts: [n] how often each phrase is used.
         eps: cosine distance, 0 to 2.
         min_samples: ≥ 1.
+        engine: computes the blocks of the radius graph; None = this process.
+        device: where it does.
 
     Raises:
         ValueError: sizes differ, a phrase comes twice, a vector is zero or not finite, eps or min_samples is off.
 
-    Time O(n² d); memory n × d and BLOCK × n however dense a cluster is, since no neighbour list is kept: scikit-learn's
-    own needs 21 GB for one cluster of 40,000. Source: InsCL (eps 0.1, min_samples 5).
+    Time O(n² d); memory O(n d) however dense a cluster is, since no neighbour list is kept: scikit-learn's own needs
+    21 GB for one cluster of 40,000. Source: InsCL (eps 0.1, min_samples 5).
 
     >>> cluster(["cat", "cats", "dog"], np.float32([[1, 0], [1, 0.01], [0, 1]]), [1, 2, 9], min_samples=2).canonical
     ['cats', 'cats', 'dog']
@@ -332,7 +338,7 @@ def cluster(
         raise ValueError(f"eps must be within 0 and 2 and min_samples at least 1, got {eps} and {min_samples}")
     order = np.array(sorted(range(len(phrases)), key=lambda i: phrases[i]), dtype=np.int64)
     groups = np.empty(len(phrases), dtype=np.int64)
-    groups[order] = _dbscan(units[order], 1 - eps - ROUNDING, min_samples)
+    groups[order] = _dbscan(Near(units[order], 1 - eps - ROUNDING, device), min_samples, engine or Local())
     names = dict[int, str]()
     for i in sorted(range(len(phrases)), key=lambda i: (-counts[i], phrases[i])):
         names.setdefault(int(groups[i]), phrases[i])
@@ -360,35 +366,35 @@ def _unit_vectors(phrases: Sequence[str], vectors: NDArray[np.float32], counts: 
     return np.asarray(vectors / norms, dtype=np.float32)
 
 
-def _dbscan(units: NDArray[np.float32], nearness: float, min_samples: int) -> Ints:
-    """Cluster of each row of `units` [n, d], −1 = noise, numbered by their first core row; near = x·y ≥ nearness."""
-    n = len(units)
+def _dbscan(near: Near, min_samples: int, engine: Engine) -> Ints:
+    """Cluster of each row, −1 = noise, numbered by their first core row."""
+    n = len(near)
     degree = np.zeros(n, dtype=np.int64)
-    for at in range(0, n, BLOCK):  # the upper triangle only: near is symmetric
-        near = units[at : at + BLOCK] @ units[at:].T >= nearness
-        degree[at : at + BLOCK] += near.sum(axis=1)
-        degree[at + BLOCK :] += near[:, BLOCK:].sum(axis=0)
+    for key, (own, others) in engine.map(partial(degrees, near), near.blocks):
+        at = int(key)
+        degree[at : at + len(own)] += own
+        degree[at + len(own) :] += others
     core = np.flatnonzero(degree >= min_samples)
-    component, heads = np.arange(len(core)), units[core]
-    for at in range(0, len(core), BLOCK):
-        component = _merge(component, heads[at : at + BLOCK] @ heads[at:].T >= nearness, at)
+    heads = near.some(core)
+    component = np.arange(len(core))
+    for _, pairs in engine.map(partial(edges, heads), heads.blocks):
+        component = _merge(component, pairs)
     first = np.unique(component, return_index=True)[1]
     rank = np.argsort(np.argsort(first))  # components by their first core row
-    labels = np.full(n, n, dtype=np.int64)
-    labels[core] = rank[component] if len(core) else 0
+    labels = np.full(n, -1, dtype=np.int64)
+    labels[core] = rank[component]
     border = np.flatnonzero(degree < min_samples)
-    for at in range(0, len(border), BLOCK) if len(core) else ():
-        rows = border[at : at + BLOCK]
-        near = units[rows] @ heads.T >= nearness
-        labels[rows] = np.where(near, labels[core], n).min(axis=1)
-    return np.where(labels == n, -1, labels)
+    if len(core):
+        parts = ((str(at), near.units[border[at : at + BLOCK]]) for at in range(0, len(border), BLOCK))
+        for key, found in engine.map(partial(lowest, heads, labels[core]), parts):
+            at = int(key)
+            labels[border[at : at + BLOCK]] = np.where(found < n, found, -1)
+    return labels
 
 
-def _merge(component: Ints, near: NDArray[np.bool_], at: int) -> Ints:
-    """Join the components that `near` [b, n − at] connects; its rows and columns both begin at core `at`."""
-    apart = component[at : at + len(near), None] != component[None, at:]  # else a dense cluster is sorted pair by pair
-    row, column = np.nonzero(near & apart)
-    joined = np.unique(component[row + at] * len(component) + component[column + at])
+def _merge(component: Ints, pairs: Ints) -> Ints:
+    """Join the components of the cores that `pairs` [e, 2] connects."""
+    joined = np.unique(component[pairs], axis=0)
     shape = (len(component), len(component))
-    edges = sp.coo_matrix((np.ones(len(joined), bool), np.divmod(joined, len(component))), shape=shape)
-    return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)[component]
+    graph = sp.coo_matrix((np.ones(len(joined), bool), (joined[:, 0], joined[:, 1])), shape=shape)
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)[component]

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from curate.config import TagsConfig
+from curate.engine import Engine
 from curate.errors import InputError
 from curate.llm_tags import Tagged, tag_with_model
 from curate.manifest.schema import TAGS
@@ -109,7 +110,13 @@ def phrases_of(tagged: Path) -> list[str]:
 
 
 def score(
-    tagged: Path, vectors: Vectors | None, config: TagsConfig, left_out: str | None, folder: Path, done: Advance
+    tagged: Path,
+    vectors: Vectors | None,
+    config: TagsConfig,
+    left_out: str | None,
+    folder: Path,
+    done: Advance,
+    engine: Engine | None = None,
 ) -> None:
     """Stage score: `instructions.parquet` (uid, tags, insinfo, rarest, fault) and `tags.parquet` (the manifest's).
 
@@ -122,9 +129,10 @@ def score(
         left_out: a task whose instructions are not in the pool and are not scored (the current one), or None.
         folder: where the result goes.
         done: told of every n tags.
+        engine: computes the radius graph; None = this process.
     """
     phrases = pl.read_parquet(tagged / "phrases.parquet", glob=False)
-    phrases = phrases.join(_clusters(phrases, vectors, config), on="phrase", how="left", maintain_order="left")
+    phrases = phrases.join(_clusters(phrases, vectors, config, engine), on="phrase", how="left", maintain_order="left")
     canonical_of = dict(phrases.select("tag", "canonical").iter_rows())
     rows = pl.read_parquet(tagged / "tagged.parquet", glob=False)
     tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"].to_list()]
@@ -150,7 +158,9 @@ def score(
     done(phrases.height)
 
 
-def _clusters(phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig) -> pl.DataFrame:
+def _clusters(
+    phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig, engine: Engine | None
+) -> pl.DataFrame:
     """Phrase -> canonical, cluster."""
     counts: dict[Any, Any] = dict(phrases.group_by("phrase").agg(pl.col("raw_count").sum()).iter_rows())
     unique = sorted(counts)
@@ -159,7 +169,9 @@ def _clusters(phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig
             {"phrase": unique, "canonical": unique, "cluster": [-1] * len(unique)},
             schema={"phrase": pl.String, "canonical": pl.String, "cluster": pl.Int64},
         )
+    from curate.models.threads import default_device
     from curate.tags import cluster
 
-    found = cluster(unique, vectors, [counts[p] for p in unique], config.eps, config.min_samples)
+    device = config.device or default_device()
+    found = cluster(unique, vectors, [counts[p] for p in unique], config.eps, config.min_samples, engine, device)
     return pl.DataFrame({"phrase": unique, "canonical": found.canonical, "cluster": found.labels})

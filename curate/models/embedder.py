@@ -19,6 +19,7 @@ from curate.config import EmbedConfig
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.manifest.remote import is_url
+from curate.models.travel import Travels
 from curate.models.weights import architectures, model_folder, quiet, weights_hash
 from curate.storage import located
 
@@ -51,7 +52,7 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
     return SentenceModel(folder, name, config)
 
 
-class SentenceModel:
+class SentenceModel(Travels):
     """A sentence-transformers model; vectors are normalised by us, whatever the model does."""
 
     def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:
@@ -79,7 +80,7 @@ class SentenceModel:
             raise InputError(f"embed.model {self.name!r} cannot be loaded: {str(error)[:500]}") from None
 
 
-class LanguageModel:
+class LanguageModel(Travels):
     """InsCL's way: the mean of a causal LM's input embeddings, or of its last hidden states, over the tokens."""
 
     def __init__(self, folder: Path, name: str, config: EmbedConfig) -> None:

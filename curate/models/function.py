@@ -16,6 +16,7 @@ from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.models.base import Prompt
+from curate.models.travel import Travels
 
 LOG = logging.getLogger(__name__)  # says that a function is asked again
 PAUSE = 1.0  # seconds before the second try; each further pause is twice as long
@@ -36,7 +37,7 @@ def open_function(name: str, base: Path, where: str) -> tuple[Callable[..., Any]
     return function, Path(str(module.__file__))
 
 
-class Function:
+class Function(Travels):
     """A reward: function(prompts, completions, references) -> a list of as many numbers.
 
     Prompts are lists of {role, content} messages. None, NaN and infinities are NaN, True and False 1 and 0.
@@ -46,8 +47,13 @@ class Function:
 
     def __init__(self, name: str, base: Path, key: str, retries: int = 3) -> None:
         self.where, self.retries = f"{key}.function {name!r}", retries
+        self._named = name, base.absolute(), key, retries
         self.function, file = open_function(name, base, self.where)
         self.fingerprint = f"python:{name}@{sha256_file(file)}"
+
+    def luggage(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """By name: the module is imported where the function is called."""
+        return Function, self._named
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], references: Sequence[Sequence[str]]

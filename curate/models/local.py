@@ -23,6 +23,7 @@ from curate.manifest.schema import content_hash
 from curate.models.base import Completion, Message, Prompt, Sampling
 from curate.models.chat import answer_ids, contents, prompt_ids
 from curate.models.memory import halving
+from curate.models.travel import Travels
 from curate.models.weights import (
     architectures,
     load_causal,
@@ -37,7 +38,7 @@ from curate.models.weights import (
 LOGITS = 1 << 26  # logits that are held at once: 256 MiB in float32
 
 
-class LocalModel:
+class LocalModel(Travels):
     """Generator and Scorer over one causal language model, or an adapter merged into one.
 
     Args:

@@ -35,6 +35,7 @@ from curate.models.chat import render
 from curate.models.embedder import Embedder, Precomputed
 from curate.models.function import Function, finite
 from curate.models.memory import halving
+from curate.models.travel import Travels
 from curate.models.weights import architectures, model_folder, quiet, refuse_foreign_tokens, weights_hash
 
 KEY = "rollouts.reward"  # where a configuration asks for a reward: errors name it
@@ -195,7 +196,7 @@ def _spaced(character: str) -> str:
 # --- a reward model ---
 
 
-class RewardModel:
+class RewardModel(Travels):
     """The one output of a sequence-classification head, in float32; weights are loaded at the first call.
 
     With a chat template the model sees prompt and completion as the template writes them, without one (or without a

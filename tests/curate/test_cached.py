@@ -195,8 +195,7 @@ def test_a_killed_process_goes_on_where_it_stopped(store, loaded, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout.split() == ["2", "2"]  # of blocks of 2, 2, 2 and 1 two were through
     folders = list((store.root / "generate").iterdir())
-    assert len([f for f in folders if not f.name.startswith(".")]) == 2
-    assert len([f for f in folders if f.name.startswith(".")]) == 1  # the one under way
+    assert len(folders) == 2  # the one under way has left nothing
     resumed, told = new(store, loaded, size=2), []
     assert resumed.to_generate(PROMPTS, SAMPLING) == 3
     found = resumed.generate(PROMPTS, SAMPLING, told.append)
