@@ -65,5 +65,6 @@ class Blocks(Generic[Item]):
 
         `make` goes to where the engine computes, so it must be one that can be pickled, unless `here` is set.
         """
-        self.store.fill(self.stage, RESULT, self.parts, make, lambda items: done(len(items)), here=here)
+        missing = self.store.missing(self.stage, self.parts)
+        self.store.fill(self.stage, RESULT, missing, make, lambda items: done(len(items)), here=here)
         return [pl.read_parquet(self.store.path(self.stage, key) / RESULT, glob=False) for key in self.keys]

@@ -24,7 +24,7 @@ import polars as pl
 from curate.assemble import assemble, picked
 from curate.cached import Cached
 from curate.config import BuildConfig, ModelConfig
-from curate.distance import Distance, ToCurrent
+from curate.distance import FILE, Distance, ToCurrent
 from curate.draw import Pools
 from curate.embed import Embeddings
 from curate.engine import open_engine
@@ -261,11 +261,10 @@ class Build:
         *previous, current = tasks
         keys = self.distance_keys(tasks, vectors)
         with self._stage_unless_cached("distance", keys, "tasks", total=len(previous)) as advance:
-            if not all(self.store.has("distance", key) for key in keys):
+            if missing := self.store.missing("distance", zip(keys, previous, strict=True)):
                 make = ToCurrent(*self._masses(current), self.config.distance, self.config.seed)
-                self.store.fill("distance", "distance.parquet", zip(keys, previous, strict=True), make,
-                                lambda _: advance(1), self._masses)  # fmt: skip
-        paths = [self.store.path("distance", key) / "distance.parquet" for key in keys]
+                self.store.fill("distance", FILE, missing, make, lambda _: advance(1), self._masses)
+        paths = [self.store.path("distance", key) / FILE for key in keys]
         return keys, [Distance(**pl.read_parquet(path, glob=False).row(0, named=True)) for path in paths]
 
     def distance_keys(self, tasks: list[TaskRows], vectors: list[str]) -> list[str]:

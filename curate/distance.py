@@ -21,6 +21,7 @@ Matrix = NDArray[np.float64]
 
 ROUNDING = 1e-12  # a float64 dot product of unit vectors is off by less; a cost below it is a cost of 0
 MAX_ITERATIONS = 2_000_000_000
+FILE = "distance.parquet"
 
 
 @dataclass(frozen=True)

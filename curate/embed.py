@@ -62,10 +62,11 @@ class Embeddings:
 
     def compute(self, done: Callable[[int], None] = lambda n: None) -> None:
         """Embed the missing blocks; `done(n)` is told of every n texts."""
+        missing = self.store.missing(STAGE, ((b.key, b.texts) for b in self.blocks))
+        stays = not isinstance(self.embedder, Travels)
         self.store.fill(
-            STAGE, FILE, [(b.key, b.texts) for b in self.blocks], partial(_embed, self.embedder),
-            lambda texts: done(len(texts)), here=not isinstance(self.embedder, Travels),
-        )  # fmt: skip
+            STAGE, FILE, missing, partial(_embed, self.embedder), lambda texts: done(len(texts)), here=stays
+        )
 
     def of(self, texts: Sequence[str]) -> Vectors:
         """Vectors [n, d] of n planned texts."""

@@ -13,9 +13,9 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,31 +85,34 @@ class Store:
                 make(folder)
         return path
 
+    def missing(self, stage: str, parts: Iterable[tuple[str, Item]]) -> dict[str, Item]:
+        """Those of `parts` (key, item) whose result is not there, or was damaged; equal keys are one result."""
+        return {key: item for key, item in parts if not self._whole(self.path(stage, key))}
+
     def fill(
         self,
         stage: str,
         file: str,
-        parts: Iterable[tuple[str, Item]],
+        missing: Mapping[str, Item],
         make: Callable[[Any], pl.DataFrame],
         done: Callable[[Item], None] = lambda item: None,
-        prepare: Callable[[Item], Any] | None = None,
+        prepare: Callable[[Item], Any] = lambda item: item,
         here: bool = False,
     ) -> None:
-        """Compute the results that are missing, each a table `make(item)` in `file`, by the engine.
+        """Compute missing results, each a table `make(prepare(item))` in `file`, by the engine.
 
         Args:
             stage: name of the stage.
             file: name of the table in a result's folder.
-            parts: (key, item); equal keys are one result.
-            make: can be pickled; sees `prepare(item)`.
+            missing: key -> item.
+            make: can be pickled; runs where the engine computes.
             done: told of every item whose result is there now.
-            prepare: what an item is made into here before it is handed out: texts looked up, say.
+            prepare: runs here, just before an item is handed out: texts looked up, say.
             here: in this process, whatever the engine is.
         """
-        missing = {key: item for key, item in parts if not self._whole(self.path(stage, key))}
-        ready = ((key, prepare(item) if prepare else item) for key, item in missing.items())
+        ready = ((key, prepare(item)) for key, item in missing.items())
         for key, frame in (Local() if here else self.engine).map(make, ready):
-            self.get(stage, key, lambda folder, frame=frame: frame.write_parquet(folder / file))  # type: ignore[misc]
+            self.get(stage, key, partial(_write, frame, file))
             done(missing[key])
 
     def _whole(self, path: Path) -> bool:
@@ -146,6 +149,10 @@ class Store:
                 match = _HALF.fullmatch(leftover.name)
                 if match and match[1] == _HOST and not _alive(int(match[2])):
                     shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write(frame: pl.DataFrame, file: str, folder: Path) -> None:
+    frame.write_parquet(folder / file)
 
 
 def _sound(path: Path) -> bool:

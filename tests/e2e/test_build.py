@@ -262,8 +262,8 @@ def test_stopped_inside_each_stage_it_resumes(write_jsonl, tmp_path, monkeypatch
     build(BuildConfig.load(config, [f"out={tmp_path}/whole/run"]))
     place = {
         "read": "curate.build.ingest",
-        "embed": "curate.embed._write",
-        "distance": "curate.build.task_distance",
+        "embed": "curate.embed._embed",
+        "distance": "curate.distance.task_distance",
         "tags": "curate.build.tag",
         "score": "curate.build.score",
         "sample": "curate.draw._per_instruction",
