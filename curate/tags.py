@@ -19,19 +19,17 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import spacy
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 from spacy.lookups import load_lookups
 
 from curate.engine import Engine, Local
-from curate.models.neighbours import BLOCK, Near, degrees, edges, lowest
+from curate.models.neighbours import NONE, Counted, Near, count, joined, lowest, merge
 
 Ints = NDArray[np.int64]
 
@@ -369,32 +367,27 @@ def _unit_vectors(phrases: Sequence[str], vectors: NDArray[np.float32], counts: 
 def _dbscan(near: Near, min_samples: int, engine: Engine) -> Ints:
     """Cluster of each row, −1 = noise, numbered by their first core row."""
     n = len(near)
-    degree = np.zeros(n, dtype=np.int64)
-    for key, (own, others) in engine.map(partial(degrees, near), near.blocks):
-        at = int(key)
-        degree[at : at + len(own)] += own
-        degree[at + len(own) :] += others
-    core = np.flatnonzero(degree >= min_samples)
-    heads = near.some(core)
-    component = np.arange(len(core))
-    for _, pairs in engine.map(partial(edges, heads), heads.blocks):
-        component = _merge(component, pairs)
-    first = np.unique(component, return_index=True)[1]
-    rank = np.argsort(np.argsort(first))  # components by their first core row
-    labels = np.full(n, -1, dtype=np.int64)
-    labels[core] = rank[component]
-    border = np.flatnonzero(degree < min_samples)
-    if len(core):
-        parts = ((str(at), near.units[border[at : at + BLOCK]]) for at in range(0, len(border), BLOCK))
-        for key, found in engine.map(partial(lowest, heads, labels[core]), parts):
-            at = int(key)
-            labels[border[at : at + BLOCK]] = np.where(found < n, found, -1)
-    return labels
-
-
-def _merge(component: Ints, pairs: Ints) -> Ints:
-    """Join the components of the cores that `pairs` [e, 2] connects."""
-    joined = np.unique(component[pairs], axis=0)
-    shape = (len(component), len(component))
-    graph = sp.coo_matrix((np.ones(len(joined), bool), (joined[:, 0], joined[:, 1])), shape=shape)
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)[component]
+    degree, blocks = np.zeros(n, np.int64), list[Counted]()
+    for _, block in engine.map(partial(count, near), near.blocks):
+        degree[block.rows[0] : block.rows[1]] += block.own
+        degree[block.rows[1] :] += block.others
+        blocks.append(block)
+    core = degree >= min_samples
+    pairs = np.concatenate([np.zeros((0, 2), np.int32), *(block.pairs for block in blocks)])
+    dense = [(str(b.rows[0]), replace(b, pairs=pairs[:0])) for b in sorted(blocks, key=lambda b: b.rows) if b.dense]
+    component = merge(np.arange(n), pairs[core[pairs].all(axis=1)])
+    groups = np.arange(component.max(initial=-1) + 1)
+    for _, ends in engine.map(partial(joined, near, core, component), dense):
+        groups = merge(groups, ends)
+    cores = np.flatnonzero(core)
+    first, place = np.unique(groups[component[cores]], return_index=True, return_inverse=True)[1:]
+    labels = np.full(n, NONE)
+    labels[cores] = np.argsort(np.argsort(first))[place]  # components by their first core row
+    found = labels.copy()
+    for here, there in (pairs.T, pairs.T[::-1]):
+        np.minimum.at(found, here, labels[there])
+    for _, sides in engine.map(partial(lowest, near, labels), dense):
+        for at, least in sides:
+            found[at : at + len(least)] = np.minimum(found[at : at + len(least)], least)
+    labels = np.where(core, labels, found)
+    return np.where(labels == NONE, -1, labels)

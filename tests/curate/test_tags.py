@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 
+from curate.models import neighbours
 from curate.tags import _english, cluster, keyphrases, normalise
 
 TEXTS = [
@@ -204,6 +205,16 @@ def test_equals_scikit_learn(seed: int) -> None:
     pairs = set(zip(found.labels.tolist(), expected.tolist(), strict=True))
     assert len(pairs) == len(set(expected.tolist())) == len(set(found.labels.tolist()))  # one to one
     assert all((ours == -1) == (theirs == -1) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("few", [0, 3, 20, 10_000])  # near pairs of a tile that are listed: all tiles dense … none
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_of_any_density_give_the_same_labels(seed: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, phrases = blobs(seed, 90, 0.05 * (1 + seed % 4)), [f"p{i:04d}" for i in range(90)]
+    whole = cluster(phrases, vectors, [1] * 90, eps=0.03, min_samples=4)  # 90 rows are one tile, and its pairs listed
+    for name, value in (("BLOCK", 16), ("TILE", 24), ("FEW", few), ("MOST", 4 * few)):
+        monkeypatch.setattr(neighbours, name, value)
+    assert cluster(phrases, vectors, [1] * 90, eps=0.03, min_samples=4).labels.tolist() == whole.labels.tolist()
 
 
 @settings(deadline=None, max_examples=25)
