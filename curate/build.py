@@ -99,6 +99,7 @@ class Build:
     def _run(self, page: bool) -> Manifest:
         sources = self.sources()
         self.check_models()
+        self.store.engine.check()
         places = {task.name: self.base / task.path for task in self.config.tasks}
         with locked(self.out, self.store.root, places):
             self.store.sweep()

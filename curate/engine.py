@@ -23,6 +23,13 @@ class Engine(Protocol):
     def map(self, make: Callable[[Item], Result], parts: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Result]]:
         """(key, make(item)) of every (key, item), as they are done. `parts` is read no faster than it is worked off."""
 
+    def check(self) -> None:
+        """Find out before any work whether there will be somebody to do it.
+
+        Raises:
+            InputError: there will not.
+        """
+
     def close(self) -> None:
         """Let go of what was started."""
 
@@ -43,6 +50,9 @@ class Local:
             with limited(self.threads):
                 result = make(item)
             yield key, result
+
+    def check(self) -> None:
+        """This process is there."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +73,18 @@ class RayEngine:
             return
         self._connect()
         back.append(_Part(*first))
-        function, errors, idle = self.ray.put(make), self.ray.exceptions, time.monotonic()
+        function = self.ray.put(make)
+        try:
+            yield from self._worked_off(function, back, source, running)
+        finally:  # what was handed out and is not waited for any more: an actor is free again behind it
+            for actor, _ in running.values():
+                if actor in self._ready:
+                    self._ready[actor] -= 1
+
+    def _worked_off(
+        self, function: Any, back: deque[_Part], source: Iterator[tuple[str, Any]], running: dict[Any, Any]
+    ) -> Iterator[tuple[str, Any]]:
+        errors, idle = self.ray.exceptions, time.monotonic()
         while True:
             self._hire()
             while (actor := self._free()) is not None and (part := _next(back, source)) is not None:
@@ -114,6 +126,11 @@ class RayEngine:
                     self._ready[actor] -= 1
                 yield part.key, result
 
+    def check(self) -> None:
+        """Connect to a cluster, and see whether it is large enough. Ray on this machine starts with the first part."""
+        if self.config.address or "RAY_ADDRESS" in os.environ or self.config.gpus:
+            self._connect()
+
     def close(self) -> None:
         """End the actors, and Ray itself where it was started here."""
         for actor in (*self._ready, *self._starting.values()):
@@ -138,6 +155,7 @@ class RayEngine:
                 kwargs["num_cpus"] = max(os.cpu_count() or 1, math.ceil((config.workers or 1) * cpus))
                 kwargs["include_dashboard"] = False
             try:
+                _answers(config.address or os.environ.get("RAY_ADDRESS", ""))
                 ray.init(log_to_driver=False, logging_level="ERROR", **kwargs)
             except Exception as error:  # Ray has no common class for what may go wrong here
                 raise InputError(
@@ -224,6 +242,13 @@ def _next(back: deque[_Part], source: Iterator[tuple[str, Any]]) -> _Part | None
         return back.popleft()
     found = next(source, None)
     return None if found is None else _Part(*found)
+
+
+def _answers(address: str) -> None:
+    """Ask whether anybody listens at HOST:PORT: Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _versions() -> dict[str, str]:
