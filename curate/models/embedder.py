@@ -75,7 +75,7 @@ class SentenceModel(Travels):
         quiet()
         try:
             return SentenceTransformer(str(self.folder), device=self.config.device, local_files_only=True,
-                                       model_kwargs={"use_safetensors": True})  # fmt: skip
+                                       model_kwargs={"use_safetensors": True, "dtype": self.config.dtype})  # fmt: skip
         except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
             raise InputError(f"embed.model {self.name!r} cannot be loaded: {str(error)[:500]}") from None
 
@@ -131,7 +131,8 @@ class LanguageModel(Travels):
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model: Any = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.folder, local_files_only=True, use_safetensors=True,
+                                                              dtype=self.config.dtype)  # fmt: skip
         except Exception as error:  # whatever a broken file or a missing device raises, the model cannot be used
             raise InputError(f"embed.model {self.name!r} cannot be loaded: {str(error)[:500]}") from None
         if tokenizer.pad_token is None:
@@ -213,5 +214,6 @@ def _unit(vectors: Vectors, texts: Sequence[str], name: str) -> Vectors:
 
 
 def _how(config: EmbedConfig) -> str:
-    """What else decides the last bit of a vector: the batch and the device."""
-    return f"batch {config.batch_size} on {config.device or 'default device'}"
+    """What else decides the last bit of a vector: the batch, the device and the weights' type."""
+    how = f"batch {config.batch_size} on {config.device or 'default device'}"
+    return how if config.dtype == "float32" else f"{how}, {config.dtype}"
