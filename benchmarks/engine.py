@@ -2,8 +2,8 @@
 
     python benchmarks/engine.py [--workers 1,2,4] [--rounds 2] [--scale 6]
 
-The demo's stream with `scale` times its rollouts and rewrites, each build with a cache of its own, every process with one
-thread a forward pass, so that all compute the same. Rounds are in turns; a build with one actor is held against the
+The demo's stream with `scale` times its rollouts and rewrites, each build with a cache of its own, every process with
+one thread a forward pass, so that all compute the same. Rounds are in turns; a build with one actor is held against the
 local one of its round. Seconds are of the whole command, Ray's start and end included.
 """
 
@@ -58,8 +58,8 @@ def main() -> None:
     for name, some in seconds.items():
         ratios = [a / b for a, b in zip(some, seconds["local"], strict=True)]
         cell = ", ".join(f"{ratio:.2f}" for ratio in ratios) if name != "local" else "–"
-        print(f"| {name} | {statistics.median(some):.0f} | {cell} | "
-              f"{'the same' if hashes[name] == hashes['local'] and len(hashes[name]) == 1 else 'DIFFERENT'} |")  # fmt: skip
+        same = hashes[name] == hashes["local"] and len(hashes[name]) == 1
+        print(f"| {name} | {statistics.median(some):.0f} | {cell} | {'the same' if same else 'DIFFERENT'} |")
 
 
 if __name__ == "__main__":
