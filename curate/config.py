@@ -247,7 +247,7 @@ class EmbedConfig(Section):
         "input_embeddings", description="lm only: InsCL averages the input embeddings"
     )
     path: Place | None = Field(None, description="precomputed only: Parquet with columns text and embedding")
-    batch_size: int = Field(64, gt=0, description="texts a forward pass")
+    batch_size: int = Field(32, gt=0, description="texts a forward pass; a GPU takes more")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the weights; bfloat16 is about twice as fast where the processor has it (RESULTS.md)"
     )
