@@ -47,6 +47,7 @@ class RayEngine:
     def __init__(self, config: EngineConfig) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default an actor yields to everything else that runs
         try:
             import ray
         except ImportError:
