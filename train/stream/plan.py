@@ -231,7 +231,7 @@ class _Planner:
     def _decides(self, value: Any, key: str = "") -> Any:
         """Settings as they decide a result: contents instead of places, and nothing that changes none."""
         if isinstance(value, Mapping):
-            idle = (*HOUSEKEEPING, "name", "out", "cache") if not key else ()
+            idle = (*HOUSEKEEPING, "name", "out", "cache", "engine") if not key else ()
             return {name: self._decides(each, name) for name, each in value.items() if name not in idle}
         if isinstance(value, list | tuple):
             return [self._decides(each, key) for each in value]
