@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks clean
+.PHONY: help demo test lint notebooks bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ lint: $(BIN)/.dev  ## ruff and mypy
 
 notebooks: $(BIN)/.dev  ## execute the notebooks in place
 	$(BIN)/python notebooks/execute.py
+
+bench: $(BIN)/.dev  ## run every benchmark against its peer, into benchmarks/RESULTS.md; ONLY=a,b DATA=folder LIST=1
+	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only '$(ONLY)') $(if $(DATA),--data '$(DATA)') $(if $(LIST),--list)
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs
