@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 
 from curate.assemble import assemble, picked
 from curate.cached import Cached
-from curate.config import BuildConfig, ModelConfig
+from curate.config import BuildConfig, EmbedConfig, ModelConfig, RewardConfig
 from curate.distance import FILE, Distance, ToCurrent
 from curate.draw import Pools
 from curate.embed import Embeddings
@@ -40,6 +40,7 @@ from curate.manifest.licences import warning
 from curate.manifest.schema import SCHEMA_VERSION
 from curate.map import coordinates
 from curate.models import Embedder, open_embedder, open_generator, open_reward
+from curate.models.threads import check_device
 from curate.overrides import read_overrides
 from curate.policy import PolicyStages, PolicyWork, usage
 from curate.readers import SourceId, identify, time_blocks
@@ -50,6 +51,8 @@ from curate.storage import Place
 from curate.store import Store, key_of
 from curate.vocabulary import VERSION as TAGS_VERSION
 from curate.vocabulary import phrases_of, score, tag
+
+Placed = TypeVar("Placed", EmbedConfig, ModelConfig, RewardConfig)
 
 DISTANCE_VERSION = 1
 SAMPLE_VERSION = 2
@@ -125,10 +128,12 @@ class Build:
                     "policy and reference have different tokenizers, so their losses a token cannot be compared",
                     remedy="name as reference an earlier checkpoint of the same model",
                 )
+        if self.config.tags.device and "insinfo" in self.selector.needs and not self._workers:
+            check_device(self.config.tags.device, "tags.device")
         if self.config.buckets.overrides is not None:
             read_overrides(self.config.resolve(self.config.buckets.overrides))
         if self.config.rollouts:
-            _ = open_reward(self.config.rollouts.reward, self.base, self.embedder).fingerprint
+            _ = open_reward(self._placed(self.config.rollouts.reward, self._gpu), self.base, self.embedder).fingerprint
 
     # --- sources and rows ---
 
@@ -217,7 +222,7 @@ class Build:
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder of the configuration."""
-        return open_embedder(self.config.embed, self.base)
+        return open_embedder(self._placed(self.config.embed, self._gpu), self.base)
 
     @cached_property
     def policy(self) -> Cached | None:
@@ -239,7 +244,23 @@ class Build:
     def _model(self, config: ModelConfig | None, where: str) -> Cached | None:
         if config is None:
             return None
+        config = self._placed(config, self._workers)
         return Cached(open_generator(config, self.base, where, self.store.root / "requests"), self.store)
+
+    @property
+    def _workers(self) -> str | None:
+        """Device of the actors of a pool; None where this process computes, and takes what there is."""
+        engine = self.config.engine
+        return None if engine.kind == "local" else "cuda" if engine.gpus else "cpu"
+
+    @property
+    def _gpu(self) -> str | None:
+        """The same of models that do not record a device of their own: on a CPU they are those of this process."""
+        return "cuda" if self._workers == "cuda" else None
+
+    def _placed(self, config: Placed, device: str | None) -> Placed:
+        """A model's section with the device on which it is, where it names none."""
+        return config if config.device or device is None else config.model_copy(update={"device": device})
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -297,7 +318,7 @@ class Build:
         with self._stage_unless_cached("score", [key], "tags", len(phrases)) as advance:
             folder = self.store.get("score", key, lambda folder: score(
                 raw, self.embeddings.of(phrases) if merge else None, cfg, left_out, folder, advance,
-                self.store.engine))  # fmt: skip
+                self.store.engine, self._workers))  # fmt: skip
         return key, folder
 
     def raw_tags_key(self, tasks: list[TaskRows]) -> str:
@@ -392,9 +413,10 @@ class Build:
         drawn = pl.read_parquet(made["sample"] / "rows.parquet", glob=False)
         rows = pl.concat([picked(task, drawn, last=task is tasks[-1]) for task in tasks])  # not loaded
         rollouts = self.config.rollouts
+        reward = rollouts and self._placed(rollouts.reward, self._gpu)
         stages = PolicyStages(
             self.config, self.policy,
-            lambda: open_reward(rollouts.reward, self.base, self.embedder) if rollouts else None,  # type: ignore
+            lambda: open_reward(reward, self.base, self.embedder) if reward else None,  # type: ignore
             lambda: self.embeddings, self.store, self.screen,
         )  # fmt: skip
         return stages.run(rows, tasks)

@@ -6,6 +6,7 @@ Every key has its default and its meaning here and nowhere else. Paths in the fi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ Selector = Literal[
 ]  # fmt: skip
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+-]*[A-Za-z0-9._+-])?\Z")
+_ONE_SLASH = re.compile(r"(s3a?|gs|gcs|hf):")
 MAX_NAME = 100
 
 
@@ -31,6 +33,8 @@ def _without_secrets(place: str) -> str:
         from curate.manifest.remote import refuse_secrets  # with polars, which a config alone does not need
 
         refuse_secrets(place)
+    elif _ONE_SLASH.match(place):
+        raise ValueError(f"{place!r} is neither a path nor a URL: a URL has two slashes behind the colon")
     return place
 
 
@@ -327,9 +331,13 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _of_ray(self) -> EngineConfig:
-        given = [key for key in ("workers", "gpus", "cpus", "address") if key in self.model_fields_set]
+        given = [key for key in ("workers", "gpus", "cpus", "address", "patience") if key in self.model_fields_set]
         if self.kind == "local" and given:
             raise ValueError(f"`engine.{given[0]}` belongs to `engine.kind: ray`")
+        if (self.gpus > 1 and self.gpus % 1) or round(self.gpus, 4) != self.gpus:
+            raise ValueError(
+                f"`engine.gpus` is a whole number, or a share of one GPU with four decimals, not {self.gpus}"
+            )
         return self
 
 
@@ -479,7 +487,13 @@ class BuildConfig(Section):
     def _cache_is_a_folder(cls, cache: str | None) -> str | None:
         if cache is not None and "://" in cache:
             raise ValueError("a folder of this machine or of a shared file system, not a URL")
-        return cache
+        return cls._at_home(cache)
+
+    @field_validator("out")
+    @classmethod
+    def _at_home(cls, place: str | None) -> str | None:
+        """A leading ~ is the home folder, as everywhere else: no folder is named so."""
+        return os.path.expanduser(place) if place else place
 
     @model_validator(mode="after")
     def _names_unique(self) -> BuildConfig:

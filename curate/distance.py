@@ -122,7 +122,11 @@ class ToCurrent:
 
     def __call__(self, task: tuple[ArrayLike, ArrayLike]) -> pl.DataFrame:
         """The `Distance` of a task, given as points [m, d] and masses [m], as a table of one row."""
-        return pl.DataFrame([vars(task_distance(side(*task, self.config, self.seed), self._current))])
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1):  # one thread: sums in one order
+            found = task_distance(side(*task, self.config, self.seed), self._current)
+        return pl.DataFrame([vars(found)])
 
     @cached_property
     def _current(self) -> Side:

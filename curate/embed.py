@@ -58,7 +58,8 @@ class Embeddings:
 
     def missing(self) -> list[Block]:
         """Blocks that nobody has computed yet."""
-        return [b for b in self.blocks if not self.store.has(STAGE, b.key)]
+        missing = self.store.missing(STAGE, ((b.key, None) for b in self.blocks))
+        return [b for b in self.blocks if b.key in missing]
 
     def compute(self, done: Callable[[int], None] = lambda n: None) -> None:
         """Embed the missing blocks; `done(n)` is told of every n texts."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from curate.config import EngineConfig
 from curate.errors import InputError
@@ -30,11 +30,10 @@ Result = TypeVar("Result")
 
 HELD = 2  # parts that an actor has: the one under way, and the next
 TRIES = 3  # actors that a part may cost
-KEPT = 8  # functions that an actor keeps
 PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy", "polars", "scikit-learn", "POT", "rehearse")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     key: str
     item: Any
@@ -46,7 +45,6 @@ class RayEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # by default an actor yields to everything else that runs
         try:
             import ray
@@ -56,7 +54,7 @@ class RayEngine:
         self._mine = False
         self._kind: Any = None  # the actor class with its options
         self._starting: dict[Any, Any] = {}  # reference of its greeting -> actor
-        self._ready: dict[Any, int] = {}  # actor -> parts that it holds
+        self._ready: dict[Any, list[_Part]] = {}  # actor -> parts that it holds, the one under way first
         self._failed = 0  # actors in a row that died before they were ready
         self._size = 0
 
@@ -73,24 +71,15 @@ class RayEngine:
         if first is None:
             return
         self._connect()
+        self._call_up()
         back.append(_Part(*first))
-        function = self.ray.put(make)
-        try:
-            yield from self._worked_off(function, back, source, running)
-        finally:  # what was handed out and is not waited for any more: an actor is free again behind it
-            for actor, _ in running.values():
-                if actor in self._ready:
-                    self._ready[actor] -= 1
-
-    def _worked_off(
-        self, function: Any, back: deque[_Part], source: Iterator[tuple[str, Any]], running: dict[Any, Any]
-    ) -> Iterator[tuple[str, Any]]:
-        errors, idle = self.ray.exceptions, time.monotonic()
+        # as bytes, so that what a model finds wrong where it arrives is the error of the part
+        function, idle = self.ray.put(self.ray.cloudpickle.dumps(make)), time.monotonic()
         while True:
             self._hire()
             while (actor := self._free()) is not None and (part := _next(back, source)) is not None:
                 running[actor.run.remote([function], part.item)] = actor, part
-                self._ready[actor] += 1
+                self._ready[actor].append(part)
             if not running and not back:
                 return
             found, _ = self.ray.wait([*running, *self._starting], num_returns=1, timeout=5)
@@ -108,24 +97,31 @@ class RayEngine:
                 actor, part = running.pop(reference)
                 try:
                     result = self.ray.get(reference)
-                except errors.RayTaskError as error:
-                    if isinstance(error.cause, InputError):
-                        raise error.cause from None
+                except self.ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, Exception) and not isinstance(error.cause, self.ray.exceptions.RayError):
+                        raise error.cause from None  # what the local engine would raise
                     raise
-                except (errors.RayError, OSError) as error:  # it died, its node died, or its result was lost with it
-                    self._ready.pop(actor, None)
-                    part.tries += 1
-                    if part.tries == TRIES:
-                        raise InputError(
-                            f"engine: {TRIES} actors died at one part of the work: {_line(error)}",
-                            remedy="memory is the usual cause: lower batch sizes, or give an actor more of a node "
-                            "(engine.cpus, engine.gpus)",
-                        ) from None
+                except (
+                    self.ray.exceptions.RayError,
+                    OSError,
+                ) as error:  # it, or its node, died, and its result with it
+                    self._lost(actor, error)
                     back.append(part)
                     continue
                 if actor in self._ready:
-                    self._ready[actor] -= 1
+                    self._ready[actor].remove(part)
                 yield part.key, result
+
+    def _lost(self, actor: Any, error: BaseException) -> None:
+        """An actor is gone: the part that it was at may be why, those behind it are not."""
+        for part in self._ready.pop(actor, [])[:1]:
+            part.tries += 1
+            if part.tries == TRIES:
+                raise InputError(
+                    f"engine: {TRIES} actors died at one part of the work: {_line(error)}",
+                    remedy="memory is the usual cause (or code that ends the process): lower batch sizes, or give an "
+                    "actor more of a node (engine.cpus, engine.gpus)",
+                ) from None
 
     def check(self) -> None:
         """Connect to a cluster, and see whether it is large enough. Ray on this machine starts with the first part."""
@@ -149,12 +145,19 @@ class RayEngine:
         config, ray = self.config, self.ray
         per_actor = config.threads or threads.number()  # the local engine's number, so that bits are the same
         cpus = config.cpus if config.cpus is not None else 1.0 if config.gpus else float(per_actor)
-        if not ray.is_initialized():
+        if ray.is_initialized():
+            if config.address not in (None, "auto", ray.get_runtime_context().gcs_address):
+                raise InputError(
+                    f"engine.address {config.address!r}: this process is connected to the Ray cluster at "
+                    f"{ray.get_runtime_context().gcs_address} already",
+                    remedy="leave engine.address out, or call ray.shutdown() first",
+                )
+        else:
             self._mine = True
             kwargs: dict[str, Any] = {"address": config.address} if config.address else {}
             if not config.address and "RAY_ADDRESS" not in os.environ:
-                kwargs["num_cpus"] = max(os.cpu_count() or 1, math.ceil((config.workers or 1) * cpus))
-                kwargs["include_dashboard"] = False
+                room = max(os.cpu_count() or 1, math.ceil((config.workers or 1) * cpus))
+                kwargs = {"address": "local", "num_cpus": room, "include_dashboard": False}
             try:
                 _answers(config.address or os.environ.get("RAY_ADDRESS", ""))
                 ray.init(log_to_driver=False, logging_level="ERROR", **kwargs)
@@ -163,26 +166,32 @@ class RayEngine:
                     f"engine.address {config.address or os.environ.get('RAY_ADDRESS', 'local')!r}: no Ray cluster can "
                     f"be reached: {_line(error)}",
                     remedy="start one (`ray start --head`), correct engine.address, or leave it out: Ray then starts "
-                    "on this machine",
+                    "on this machine. (A cluster that asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN)",
                 ) from None
-        have = ray.cluster_resources()
-        room = [have.get(name, 0.0) / need for name, need in (("CPU", cpus), ("GPU", config.gpus)) if need]
-        most = math.floor(min(room) + 1e-9) if room else 1
-        self._size = config.workers or max(1, most)
-        for name, need in (("CPU", cpus), ("GPU", config.gpus)):
-            if have.get(name, 0.0) + 1e-9 < self._size * need:
-                raise InputError(
-                    f"engine: {self._size} workers × {need:g} {name}s are {self._size * need:g}, and the cluster has "
-                    f"{have.get(name, 0.0):g}",
-                    remedy=f"lower engine.workers or engine.{name.lower()}s, or add nodes",
-                )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        needs = {name: need for name, need in (("CPU", cpus), ("GPU", config.gpus)) if need}
+        room = sum(math.floor(min((n.get(k, 0.0) / v for k, v in needs.items()), default=1) + 1e-9) for n in nodes)
+        self._size = config.workers or max(1, room)
+        if room < self._size:
+            asked = " and ".join(f"{need:g} {name}s" for name, need in needs.items())
+            there = ", ".join(" and ".join(f"{n.get(name, 0.0):g} {name}s" for name in needs) for n in nodes[:8])
+            raise InputError(
+                f"engine: {self._size} workers with {asked} each; the cluster has room for {room} (its nodes: {there})",
+                remedy="lower engine.workers, engine.gpus or engine.cpus, or add nodes",
+            )
         variables = {"OMP_NUM_THREADS": str(per_actor), "MKL_NUM_THREADS": str(per_actor)}
-        if self._size * per_actor > have.get("CPU", 1.0):
+        if self._size * per_actor > sum(n.get("CPU", 0.0) for n in nodes):
             variables["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the core to another actor's
         self._kind = ray.remote(_Actor).options(
             num_cpus=cpus, num_gpus=config.gpus, scheduling_strategy="SPREAD", max_restarts=0,
             runtime_env={"env_vars": variables},
         )  # fmt: skip
+
+    def _call_up(self) -> None:
+        """Ask the actors that are left whether they are still there: one that died idle says nothing of a part."""
+        for actor in self._ready:
+            self._starting[actor.hello.remote()] = actor
+        self._ready = {}
 
     def _hire(self) -> None:
         """Start the actors that are missing."""
@@ -208,19 +217,19 @@ class RayEngine:
                 f"engine: a node has other versions: {', '.join(odd)}",
                 remedy="install the same versions on every node: results could differ in their last bits",
             )
-        self._ready[actor] = 0
+        self._ready[actor] = []
 
     def _free(self) -> Any:
         """The actor with the fewest parts, None where all have enough."""
-        actor = min(self._ready, key=lambda a: self._ready[a], default=None)
-        return actor if actor is not None and self._ready[actor] < HELD else None
+        actor = min(self._ready, key=lambda a: len(self._ready[a]), default=None)
+        return actor if actor is not None and len(self._ready[actor]) < HELD else None
 
 
 class _Actor:
-    """Runs functions; those that it got last stay, with the models that they have loaded."""
+    """Runs functions. The last one stays; what its models have loaded stays for the next ones (`travel`)."""
 
     def __init__(self) -> None:
-        self._functions: dict[str, Callable[[Any], Any]] = {}
+        self._name, self._function = "", cast("Callable[[Any], Any]", None)
 
     def hello(self) -> dict[str, str]:
         """Versions of what decides results."""
@@ -230,12 +239,10 @@ class _Actor:
         """function(item); in a list, so that Ray hands over its reference and not, each time, another copy."""
         import ray
 
-        name = function[0].hex()
-        if name not in self._functions:
-            while len(self._functions) >= KEPT:
-                del self._functions[next(iter(self._functions))]
-            self._functions[name] = ray.get(function[0])
-        return self._functions[name](item)
+        if self._name != (name := function[0].hex()):
+            self._function = cast("Callable[[Any], Any]", None)  # what it holds is let go of first
+            self._function, self._name = ray.cloudpickle.loads(ray.get(function[0])), name
+        return self._function(item)
 
 
 def _next(back: deque[_Part], source: Iterator[tuple[str, Any]]) -> _Part | None:
@@ -258,4 +265,4 @@ def _versions() -> dict[str, str]:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text if len(text) <= 400 else f'{text[:150]} … {text[-250:]}'}"

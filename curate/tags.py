@@ -325,8 +325,8 @@ def cluster(
     Raises:
         ValueError: sizes differ, a phrase comes twice, a vector is zero or not finite, eps or min_samples is off.
 
-    Time O(n² d); memory O(n d) however dense a cluster is, since no neighbour list is kept: scikit-learn's own needs
-    21 GB for one cluster of 40,000. Source: InsCL (eps 0.1, min_samples 5).
+    Time O(n² d); memory O(n d), and at most some KB a phrase for near pairs, however dense a cluster is: scikit-learn's
+    own needs 21 GB for one cluster of 40,000. Source: InsCL (eps 0.1, min_samples 5).
 
     >>> cluster(["cat", "cats", "dog"], np.float32([[1, 0], [1, 0.01], [0, 1]]), [1, 2, 9], min_samples=2).canonical
     ['cats', 'cats', 'dog']

@@ -117,6 +117,7 @@ def score(
     folder: Path,
     done: Advance,
     engine: Engine | None = None,
+    device: str | None = None,
 ) -> None:
     """Stage score: `instructions.parquet` (uid, tags, insinfo, rarest, fault) and `tags.parquet` (the manifest's).
 
@@ -130,9 +131,12 @@ def score(
         folder: where the result goes.
         done: told of every n tags.
         engine: computes the radius graph; None = this process.
+        device: where it does unless the configuration says; None = what this machine has.
     """
     phrases = pl.read_parquet(tagged / "phrases.parquet", glob=False)
-    phrases = phrases.join(_clusters(phrases, vectors, config, engine), on="phrase", how="left", maintain_order="left")
+    phrases = phrases.join(
+        _clusters(phrases, vectors, config, engine, device), on="phrase", how="left", maintain_order="left"
+    )
     canonical_of = dict(phrases.select("tag", "canonical").iter_rows())
     rows = pl.read_parquet(tagged / "tagged.parquet", glob=False)
     tags = [sorted({canonical_of[t] for t in raw}) for raw in rows["raw"].to_list()]
@@ -159,7 +163,7 @@ def score(
 
 
 def _clusters(
-    phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig, engine: Engine | None
+    phrases: pl.DataFrame, vectors: Vectors | None, config: TagsConfig, engine: Engine | None, device: str | None
 ) -> pl.DataFrame:
     """Phrase -> canonical, cluster."""
     counts: dict[Any, Any] = dict(phrases.group_by("phrase").agg(pl.col("raw_count").sum()).iter_rows())
@@ -172,6 +176,6 @@ def _clusters(
     from curate.models.threads import default_device
     from curate.tags import cluster
 
-    device = config.device or default_device()
-    found = cluster(unique, vectors, [counts[p] for p in unique], config.eps, config.min_samples, engine, device)
+    where = config.device or device or default_device()
+    found = cluster(unique, vectors, [counts[p] for p in unique], config.eps, config.min_samples, engine, where)
     return pl.DataFrame({"phrase": unique, "canonical": found.canonical, "cluster": found.labels})

@@ -243,7 +243,9 @@ class RolloutConfig(Section):
         0, ge=0, description="phases by which the weights that draw may be older than those that are trained: so far "
         "ahead the `server` is asked, while older phases are trained on; 0 = each phase waits for its own"
     )  # fmt: skip
-    importance_clip: float = Field(2.0, ge=1, description="staleness: c of w = min(c, π/μ), by which advantages count")
+    importance_clip: float = Field(
+        2.0, ge=1, allow_inf_nan=False, description="staleness: c of w = min(c, π/μ), by which advantages count"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> RolloutConfig:

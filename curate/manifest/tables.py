@@ -46,10 +46,13 @@ def streamed(make: Callable[[], Iterable[pl.DataFrame]], schema: Any) -> pl.Lazy
 
     def source(columns: list[str] | None, predicate: pl.Expr | None, most: int | None, _: int | None) -> Any:
         for frame in make():
+            if most is not None:  # rows are counted before they are filtered
+                frame = frame.head(most)
+                most -= frame.height
             frame = frame if predicate is None else frame.filter(predicate)
-            frame = frame if columns is None else frame.select(columns)
-            yield frame if most is None else frame.head(most)
-            most = None if most is None else most - min(most, frame.height)
+            yield frame if columns is None else frame.select(columns)
+            if most == 0:
+                return
 
     return register_io_source(source, schema=dict(schema))
 

@@ -85,6 +85,11 @@ class LocalModel(Travels):
         device, dtype = self.place
         return f"{dtype} on {device}, {self.config.batch_size} at once"
 
+    def luggage(self) -> tuple[Any, tuple[Any, ...]]:
+        """With its place, which is part of the key of every answer: where it arrives nothing is decided anew."""
+        make, (kind, state) = super().luggage()
+        return make, (kind, {**state, "place": self.place})
+
     @cached_property
     def place(self) -> tuple[str, str]:
         """(device, dtype), with what "by default" and "auto" mean on this machine."""

@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 BLOCK, TILE = 1024, 4096  # rows of a block, columns of a tile: 16 MB of products are held
 FEW = 1 << 17  # near pairs of a tile that are listed
 NONE = 1 << 62  # a label that is none
-MOST = 1 << 20  # near pairs of a block that are listed: 8 MB
+MOST = 1 << 18  # near pairs of a block that are listed: 2 MB, so at most 2 KB a row
 
 
 class Near:
@@ -120,7 +120,7 @@ def joined(near: Near, core: NDArray[np.bool_], component: Ints, block: Counted)
 
 def merge(component: Ints, pairs: Ints) -> Ints:
     """Join the components [n], numbered from 0 without gaps, of the rows that `pairs` [e, 2] connects."""
-    ends = np.unique(component[pairs], axis=0) if len(pairs) else pairs
+    ends = component[pairs]
     size = int(component.max(initial=-1)) + 1
     graph = sp.coo_matrix((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(size, size))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)[component]

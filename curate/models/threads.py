@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from curate.errors import InputError
+
 
 def number() -> int:
     """Threads that torch takes in this process."""
@@ -20,13 +22,32 @@ def limited(n: int | None) -> Iterator[None]:
         yield
         return
     import torch
+    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
-        yield
+        with threadpool_limits(n):  # NumPy's
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_device(device: str, where: str) -> None:
+    """See whether there is such a device.
+
+    Raises:
+        InputError: there is none, or torch knows no such name; named as the key `where`.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError, RuntimeError and others
+        raise InputError(
+            f"{where} {device!r}: {str(error).splitlines()[0][:200]}",
+            remedy="use cpu, or a device that this machine has; by default it is found out",
+        ) from None
 
 
 def default_device() -> str:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from curate.engine import Local, open_engine
 from curate.errors import InputError
 from curate.models import open_generator
 from curate.models.function import Function
+from curate.models.travel import Travels
 from curate.screen import Silent
 
 ray = pytest.importorskip("ray")
@@ -142,6 +144,45 @@ def test_what_a_part_raises_is_raised_here(cluster):
         engine.close()
 
 
+def test_actors_that_died_idle_cost_nothing(cluster):
+    engine = open_engine(EngineConfig(kind="ray", workers=2, cpus=0.5, address=cluster.address))
+
+    def pid(_):
+        return os.getpid()
+
+    try:
+        for who in {who for _, who in engine.map(pid, [(str(i), i) for i in range(8)])}:
+            os.kill(who, signal.SIGKILL)
+        found = dict(engine.map(abs, [("a", -1)]))  # one part: three dead actors would be too many for it
+        assert found == {"a": 1}
+    finally:
+        engine.close()
+
+
+class Foreign(Travels):
+    """Has another fingerprint in each process."""
+
+    @property
+    def fingerprint(self):
+        return str(os.getpid())
+
+    def __call__(self, item):
+        return item
+
+
+def test_a_model_that_is_another_one_there(cluster):
+    from ray import cloudpickle
+
+    engine = open_engine(EngineConfig(kind="ray", workers=1, address=cluster.address))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker does not find this file
+    try:
+        with pytest.raises(InputError, match=r"a worker finds other files than the build(?s:.*)remedy: put the same"):
+            list(engine.map(Foreign(), [("a", 1)]))
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        engine.close()
+
+
 def test_parts_are_read_no_faster_than_they_are_done(cluster):
     engine, read = open_engine(EngineConfig(kind="ray", workers=1, address=cluster.address)), []
 
@@ -169,7 +210,9 @@ def test_a_cluster_that_is_not_there(folder):
 
 
 def test_a_cluster_that_is_too_small(folder, cluster):
-    with pytest.raises(InputError, match=r"2 workers × 1 GPUs are 2, and the cluster has 0(?s:.*)lower engine.workers"):
+    with pytest.raises(
+        InputError, match=r"2 workers with 1 CPUs and 1 GPUs each; the cluster has room for 0(?s:.*)lower"
+    ):
         made(folder, "gpus", engine={**POOL, "gpus": 1, "address": cluster.address})
     assert not (folder / "gpus").exists()
 
@@ -186,6 +229,8 @@ def test_without_the_package(folder, monkeypatch):
         ({"workers": 2}, "`engine.workers` belongs to `engine.kind: ray`"),
         ("spark", "engine.kind"),
         ({"kind": "ray", "gpus": -1}, "engine.gpus"),
+        ({"kind": "ray", "gpus": 1.5}, "`engine.gpus` is a whole number, or a share of one GPU"),
+        ({"patience": 5}, "`engine.patience` belongs to `engine.kind: ray`"),
     ],
 )
 def test_a_wrong_section(engine, message):
@@ -204,6 +249,7 @@ def test_a_model_arrives_without_what_it_has_loaded_and_once():
     first, second = pickle.loads(packed), pickle.loads(packed)
     assert first is second and first is not model and "model" not in vars(first)
     assert first.fingerprint == model.fingerprint and first.how == model.how
+    assert vars(first)["place"] == model.place  # found out where the key was made, not where it arrives
 
 
 def test_other_weights_are_refused_where_it_arrives(tmp_path):
@@ -227,7 +273,12 @@ def test_a_users_function_arrives_by_name(tmp_path):
 
 def test_threads_are_limited_inside_and_restored():
     import torch
+    from threadpoolctl import threadpool_info
+
+    def taken(_):
+        blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        return torch.get_num_threads(), blas
 
     before = torch.get_num_threads()
-    assert [n for _, n in Local(3).map(lambda _: torch.get_num_threads(), [("a", 0)])] == [3]
+    assert [n for _, n in Local(3).map(taken, [("a", 0)])] == [(3, {3})]  # NumPy's too: distances are its
     assert torch.get_num_threads() == before
