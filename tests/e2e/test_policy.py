@@ -87,7 +87,7 @@ from pathlib import Path
 import curate.blocks, curate.build, curate.cli, curate.models.decode, curate.tags, rouge_score.rouge_scorer
 import transformers.models.llama.modeling_llama
 
-write, seen = curate.blocks._write, []
+write, seen = curate.store._write, []
 
 def until(stage, number):
     def wrapped(*given):
@@ -97,7 +97,7 @@ def until(stage, number):
             (folder / curate.blocks.RESULT).write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         write(*given)
-    curate.blocks._write = wrapped
+    curate.store._write = wrapped
 
 moments, cache = json.loads(sys.argv[1]), Path(sys.argv[2])
 sys.argv = ["curate", *sys.argv[3:]]
