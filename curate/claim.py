@@ -69,8 +69,11 @@ class Owner:
         """What a lock says; None where it is none of ours."""
         try:
             found = cls(**json.loads(body))
-            return found if found.seen + found.since + found.started + found.pid >= 0 else None
-        except (TypeError, ValueError):
+            times = (found.since, found.seen, found.started)
+            sound = all(isinstance(t, int | float) and 0 <= t <= time.time() + EXPIRES for t in times)
+            sound = sound and type(found.pid) is int and 0 <= found.pid < 1 << 31
+            return found if sound and isinstance(found.token, str) and isinstance(found.owner, str) else None
+        except (TypeError, ValueError, RecursionError):
             return None
 
     def body(self) -> bytes:

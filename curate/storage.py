@@ -21,12 +21,8 @@ from typing import Any
 from curate.claim import claimed
 from curate.errors import InputError
 from curate.manifest.io import CARD, PROVENANCE, REPORT
-from curate.manifest.remote import Remote, StorageError, cache_dir, is_url, outputs_of
+from curate.manifest.remote import STAMPS, Remote, StorageError, cache_dir, is_url, outputs_of
 from curate.manifest.schema import TABLES, content_hash
-
-# what tells one content of an object from another, by the names that the file systems have for it
-STAMPS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "content_md5", "LastModified",
-          "last_modified", "updated", "mtime", "created")  # fmt: skip
 
 
 @contextmanager
@@ -60,8 +56,11 @@ def fetch(url: str) -> Path:
         versions = _versions(remote)
         folder = cache_dir() / "objects" / remote.slug / content_hash(versions)[:32]
         copy = folder / remote.root.rstrip("/").rpartition("/")[2]
-        if not copy.exists():
+        if not _whole(copy, versions):
+            shutil.rmtree(folder, ignore_errors=True)  # of a copy that was damaged, or of which a part was deleted
             half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+            for private in (cache_dir(), cache_dir() / "objects", folder.parent, half):
+                private.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 _download(remote, versions, half / copy.name)
                 if _versions(remote) != versions:
@@ -80,19 +79,28 @@ def _versions(remote: Remote) -> dict[str, list[str]]:
         every = {remote.root: whole} if whole["type"] == "file" else remote.fs.find(remote.root, detail=True)
     found = {}
     for path, info in every.items():
-        name = path.removeprefix(remote.root.rstrip("/")).strip("/")
+        name = path.removeprefix(remote.root.rstrip("/")).removeprefix("/")
         if not name and whole["type"] != "file":
             continue  # an empty object that stands for the folder
         stamps = [f"{key}={info[key]}" for key in STAMPS if info.get(key) is not None]
-        if ".." in PurePosixPath(name).parts or "\\" in name:
+        if (name and {"", ".", ".."} & {*name.split("/")}) or "\\" in name:
             raise InputError(f"{remote.url}: an object is named {name!r}", remedy="rename it: it is no path of a file")
         if not stamps:
             raise InputError(f"{remote.url}: the storage does not say when an object changes",
                              remedy="download it, and give the file's path")  # fmt: skip
         found[name] = [str(info["size"]), *stamps]
+    if both := next((n for n in found for up in PurePosixPath(n).parents if str(up) in found), None):
+        raise InputError(f"{remote.url}: {both!r} lies in an object, not in a folder", remedy="rename one of them")
     if not found:
         raise InputError(f"{remote.url}: the folder has no files", remedy="give a file, or a folder with data files")
     return found
+
+
+def _whole(copy: Path, versions: Mapping[str, list[str]]) -> bool:
+    """True where the copy has the files of these versions, of these sizes, and no other ones."""
+    files = [copy] if "" in versions else [path for path in copy.rglob("*") if path.is_file()]
+    found = {"" if path == copy else path.relative_to(copy).as_posix(): path for path in files if path.is_file()}
+    return {name: str(path.stat().st_size) for name, path in found.items()} == {n: v[0] for n, v in versions.items()}
 
 
 def _download(remote: Remote, versions: Mapping[str, list[str]], copy: Path) -> None:
@@ -181,7 +189,9 @@ class Place:
         mine = (self.folder / PROVENANCE).read_bytes()
         names, there = sorted(outputs_of(mine)), remote.sizes()
         whole = all(there.get(name) == (self.folder / name).stat().st_size for name in names)
-        if whole and _same(mine, remote.read(PROVENANCE)):
+        put, lies = self._put_last(), remote.stamps()
+        changed = put is not None and any(put.get(name) != lies.get(name) for name in names)
+        if whole and not changed and _same(mine, remote.read(PROVENANCE)):
             return 0
         self._still_mine()
         for old in (PROVENANCE, REPORT):
@@ -189,7 +199,19 @@ class Place:
         for name in [*names, PROVENANCE]:
             self._still_mine()
             remote.put(self.folder / name, name)
+        self._record.write_text(json.dumps(remote.stamps()), encoding="utf-8")
         return len(names) + 1
+
+    @property
+    def _record(self) -> Path:
+        """What the storage said of the objects when they had been put: another content has another stamp."""
+        return self.folder.with_name(f".{self.folder.name}.published.json")
+
+    def _put_last(self) -> dict[str, str] | None:
+        try:
+            return dict(json.loads(self._record.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def _same(mine: bytes, theirs: bytes | None) -> bool:

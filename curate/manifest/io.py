@@ -20,8 +20,8 @@ from typing import Any
 import polars as pl
 
 from curate.manifest import show
+from curate.manifest.remote import PLAIN, local
 from curate.manifest.remote import PROVENANCE as PROVENANCE
-from curate.manifest.remote import local
 from curate.manifest.schema import SCHEMA_VERSION, TABLES, ManifestError, Table
 from curate.manifest.tables import Faults, Rows, height, validate, write_parquet
 
@@ -157,7 +157,7 @@ def hash_faults(folder: Path, provenance: Mapping[str, Any]) -> list[str]:
     faults = []
     for name, expected in sorted(outputs.items()):
         path = folder / name
-        if Path(name).name != name:
+        if not PLAIN.fullmatch(name):
             faults.append(f"{folder / PROVENANCE}: output {name!r} is not a plain file name")
         elif not path.is_file():
             faults.append(f"{path}: missing; run `curate build` again")

@@ -66,6 +66,9 @@ def refuse_secrets(place: str) -> str:
         return place
     scheme, _, rest = place.partition("://")
     host, slash, path = rest.partition("/")
+    if scheme in (*EXTRAS, "hf") and (":" in host or "@" in host):  # a secret may have slashes: none of it is shown
+        raise StorageError(f"{scheme}://…: a URL must hold no user, password or query",
+                           f"leave it away; credentials: {_access(scheme)}")  # fmt: skip
     if "@" in host or "?" in rest:
         shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".partition("?")[0]
         raise StorageError(f"{shown}: a URL must hold no user, password or query",
@@ -94,6 +97,12 @@ def _file_system(scheme: str, pid: int, environment: frozenset[tuple[str, str]])
 
     logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # its retries would be printed without any handler
     return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+
+
+# what tells one content of an object from another, by the names that the file systems have for it
+STAMPS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "content_md5", "LastModified",
+          "last_modified", "updated", "mtime", "created")  # fmt: skip
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # names of files that are fetched
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,14 @@ class Remote:
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of what lies directly in this place, folders too; {} where there is nothing."""
+        return {name: int(info["size"] or 0) for name, info in self._listed().items()}
+
+    def stamps(self) -> dict[str, str]:
+        """Name -> what the storage says of an object's content: its size, hash, generation, time."""
+        return {name: ", ".join([str(info["size"]), *(f"{k}={info[k]}" for k in STAMPS if info.get(k) is not None)])
+                for name, info in self._listed().items()}  # fmt: skip
+
+    def _listed(self) -> dict[str, Any]:
         with self.asked():
             self.fs.invalidate_cache()  # hf:// keeps listings whatever it is told
             try:
@@ -177,7 +194,7 @@ class Remote:
                 if _no_bucket(error):
                     raise
                 return {}
-            return {each["name"].rstrip("/").rpartition("/")[2]: int(each["size"] or 0) for each in found
+            return {each["name"].rstrip("/").rpartition("/")[2]: each for each in found
                      if each["name"].rstrip("/") != self.root.rstrip("/")}  # fmt: skip
 
     def get(self, name: str, path: Path) -> None:
@@ -228,8 +245,9 @@ def fetched(place: str | os.PathLike[str]) -> Path:
     """The folder of a manifest: a path as it is; of a URL a local copy, of which only what is missing is fetched.
 
     The copy is named after the URL and the hash of its `provenance.json`, so a manifest that is replaced is another
-    copy. It holds the files that the provenance lists. A file of other bytes than listed is fetched again, and what it
-    then is the reader finds out, who compares the hashes as in any folder.
+    copy. It holds the files that the provenance lists. A file of other bytes than listed, or whose object is another
+    one by what the storage says now, is fetched again. What it then is the reader finds out, who compares the hashes as
+    in any folder.
 
     Raises:
         ManifestError: there is no finished manifest; StorageError: the storage cannot be used.
@@ -241,18 +259,32 @@ def fetched(place: str | os.PathLike[str]) -> Path:
         raise ManifestError(f"{remote.url}: no {PROVENANCE}, so this is not a finished manifest; run `curate build` "
                             "again, or wait if a build is publishing there")  # fmt: skip
     folder = cache_dir() / "manifests" / remote.slug / hashlib.sha256(body).hexdigest()[:32]
-    there = remote.sizes()
+    there, record = remote.stamps(), folder.with_name(f".{folder.name}.stamps.json")
+    seen = _recorded(record)
     for name, digest in outputs_of(body).items():
-        if Path(name).name == name and not _has(folder / name, digest):
+        if PLAIN.fullmatch(name) and not (_has(folder / name, digest) and seen.get(name) == there.get(name)):
             (folder / name).unlink(missing_ok=True)
             if name in there:
                 remote.get(name, folder / name)
+    if seen != there:
+        folder.mkdir(parents=True, exist_ok=True)
+        half = record.with_name(f"{record.name}.{uuid.uuid4().hex[:8]}")
+        half.write_text(json.dumps(there), encoding="utf-8")
+        os.replace(half, record)
     if not (folder / PROVENANCE).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         half = folder / f".{PROVENANCE}.{uuid.uuid4().hex[:8]}"
         half.write_bytes(body)  # what was read above; what lies there by now may be of the next manifest
         os.replace(half, folder / PROVENANCE)
     return folder
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """What the storage said of the objects when they were fetched."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def outputs_of(body: bytes) -> dict[str, str]:

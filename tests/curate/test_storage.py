@@ -121,6 +121,28 @@ def test_a_copy_that_was_damaged_is_fetched_again(config):
     assert read(URL).tasks.height == 2
 
 
+def test_an_object_that_is_damaged_where_it_lies_is_seen_and_mended(config, storage):
+    build(config(3))
+    assert not check(URL)  # this machine has a copy now
+    whole = storage.cat("/bucket/run/samples.parquet")
+    storage.pipe("/bucket/run/samples.parquet", whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])  # as long as before
+    assert "samples.parquet" in check(URL)[0]
+    build(config(3))  # what the message says
+    assert storage.cat("/bucket/run/samples.parquet") == whole and not check(URL)
+    storage.rm("/bucket/run/samples.parquet")
+    assert "samples.parquet: missing" in check(URL)[0]
+
+
+@pytest.mark.parametrize("name", ["..", "", "a\0b", "\ud800", "x" * 300, "../../x"])
+def test_a_provenance_that_names_odd_files_is_refused(config, storage, name):
+    build(config(3))
+    provenance = json.loads(storage.cat("/bucket/run/provenance.json"))
+    provenance["outputs"][name] = "0" * 64
+    storage.pipe("/bucket/run/provenance.json", json.dumps(provenance).encode())
+    with pytest.raises(ManifestError, match="is not a plain file name"):
+        read(URL)
+
+
 def test_nothing_of_others_is_touched(config, storage):
     storage.pipe_file("/bucket/run/thesis.tex", b"...")
     with pytest.raises(InputError, match=r"something else than a manifest lies there \('thesis.tex'\)"):
@@ -172,11 +194,16 @@ def test_the_lock_of_a_build_that_has_died_is_taken_over(storage, dead):
     assert not storage.store
 
 
-def test_what_is_no_lock_stays(storage):
-    storage.pipe_file(f"/bucket/run/{LOCK}", b'{"token": 1}')
+@pytest.mark.parametrize("body", [
+    '{"token": 1}', "[" * 100_000, json.dumps(vars(lock_of()) | {"since": float("inf")}),
+    json.dumps(vars(lock_of()) | {"since": 1e18}), json.dumps(vars(lock_of()) | {"pid": 1.5}),
+    json.dumps(vars(lock_of()) | {"seen": time.time() + 31_536_000}),  # it would be held for a year
+])  # fmt: skip
+def test_what_is_no_lock_stays(storage, body):
+    storage.pipe_file(f"/bucket/run/{LOCK}", body.encode())
     with pytest.raises(InputError, match="no lock of a build"), claimed(Remote.of(URL), print):
         pass
-    assert storage.cat_file(f"/bucket/run/{LOCK}") == b'{"token": 1}'
+    assert storage.cat_file(f"/bucket/run/{LOCK}") == body.encode()
 
 
 def test_who_has_lost_the_lock_sends_nothing(config, storage, tmp_path):
@@ -250,6 +277,18 @@ def test_a_folder_of_objects_is_a_folder(storage):
         fetch("memory://bucket/nothing")
 
 
+def test_a_copy_of_a_source_that_lost_a_file_or_bytes_is_fetched_again(storage):
+    wanted = {"x.jsonl": "one", "deep/y.jsonl": "two"}
+    for name, text in wanted.items():
+        storage.pipe_file(f"/bucket/in/{name}", text.encode())
+    folder = fetch("memory://bucket/in")
+    assert [p.stat().st_mode & 0o777 for p in (folder.parent, folder.parent.parent)] == [0o700, 0o700]
+    for damage in (lambda: (folder / "x.jsonl").unlink(), lambda: (folder / "deep/y.jsonl").write_text("tw")):
+        damage()
+        assert fetch("memory://bucket/in") == folder
+        assert {name: (folder / name).read_text() for name in wanted} == wanted
+
+
 def test_an_object_that_changes_while_it_is_fetched_is_not_kept(storage, monkeypatch, tmp_path):
     storage.pipe_file("/bucket/a.jsonl", b"one")
     whole = MemoryFileSystem.get_file
@@ -288,7 +327,8 @@ def test_vectors_and_corrections_may_be_urls(config, storage):
 # --- URLs ---
 
 
-@pytest.mark.parametrize("url", ["s3://AKIAKEY:hush@bucket/x", "s3://hush@bucket/x", "https://bucket/x?Signature=hush"])
+@pytest.mark.parametrize("url", ["s3://AKIAKEY:hush@bucket/x", "s3://hush@bucket/x", "s3://AKIAKEY:a/hush@bucket/x",
+                                 "https://bucket/x?Signature=hush"])  # fmt: skip
 def test_a_url_with_a_secret_is_refused_and_not_shown(config, url):
     for broken in ({**config(3), "out": url}, {**config(3), "tasks": [{"name": "a", "path": url, "format": "alpaca"}]}):
         with pytest.raises(InputError, match="no user, password or query") as refused:
