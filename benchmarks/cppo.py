@@ -28,6 +28,7 @@ from train.config import CftConfig
 from train.run import run
 from train.settings import load
 from train.stream import StreamConfig, stream
+from train.stream.results import written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -124,10 +125,10 @@ def main() -> None:
     for arm in table["run"].unique(maintain_order=True):
         stages = [table.filter(run=arm, stage=stage).sort("seed") for stage in (0, 1, 2)]
         r = [stage["scores"].to_list() for stage in stages]  # by stage, seed, task
-        cells = [", ".join(_spread([scores[j] for scores in each]) for j in (0, 1)) for each in r]
-        lost = _spread([max(a[0], b[0]) - c[0] for a, b, c in zip(*r, strict=True)])
-        both = _spread([statistics.mean(scores) for scores in r[2]])
-        kl = ", ".join(_spread([_last_kl(Path(w) / f) for w, f in stage.select("where", "folder").iter_rows()])
+        cells = [", ".join(written([scores[j] for scores in each], 2) for j in (0, 1)) for each in r]
+        lost = written([max(a[0], b[0]) - c[0] for a, b, c in zip(*r, strict=True)], 2)
+        both = written([statistics.mean(scores) for scores in r[2]], 2)
+        kl = ", ".join(written([_last_kl(Path(w) / f) for w, f in stage.select("where", "folder").iter_rows()], 2)
                        for stage in stages[1:])  # fmt: skip
         print(f"| {arm} | {' | '.join(cells)} | {lost} | {both} | {kl} |")
 
@@ -136,12 +137,6 @@ def _last_kl(stage: Path) -> float:
     """KL of the last phase to the model before the stage, nats a sample."""
     lines = [json.loads(line) for line in (stage / "train/log.jsonl").read_text().splitlines()]
     return float([line["kl_reference"] for line in lines if "kl_reference" in line][-1])
-
-
-def _spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from train.config import CftConfig
 from train.run import run
 from train.settings import load
 from train.stream import StreamConfig, stream
-from train.stream.results import spread
+from train.stream.results import written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -113,21 +113,14 @@ def main() -> None:
         }  # fmt: skip
         tables.append(stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True))))
     table = pl.concat(tables)
-    print(
-        f"\nBefore: ACC {_spread(table.filter(pl.col('stage') == 0).unique('seed')['average_performance'].to_list())}\n"
-    )
+    before = table.filter(pl.col("stage") == 0).unique("seed")["average_performance"].to_list()
+    print(f"\nBefore: ACC {written(before, 3)}\n")
     print("| run | ACC | KGR | KRR | ACC by relation |\n| --- | --- | --- | --- | --- |")
     for name in table["run"].unique(maintain_order=True):
         end = table.filter(run=name, stage=len(RELATIONS))
-        each = [_spread([scores[i] for scores in end["scores"].to_list()]) for i in range(len(RELATIONS))]
-        print(
-            f"| {name} | {' | '.join(_spread(end[c].to_list()) for c in ('ACC', 'KGR', 'KRR'))} | {', '.join(each)} |"
-        )
-
-
-def _spread(values: list[float]) -> str:
-    mean, sd = spread(values)
-    return f"{mean:.3f}" + (f" ± {sd:.3f}" if sd is not None else "")
+        each = [written([scores[i] for scores in end["scores"].to_list()], 3) for i in range(len(RELATIONS))]
+        cells = [written(end[c].to_list(), 3) for c in ("ACC", "KGR", "KRR")]
+        print(f"| {name} | {' | '.join([*cells, ', '.join(each)])} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import gzip
 import json
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from rich.console import Console
 from curate.build import build
 from curate.settings import checked
 from train.stream import StreamConfig, stream
+from train.stream.results import written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -148,16 +148,10 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for arm in table["run"].unique(maintain_order=True):
         stages = [table.filter(run=arm, stage=stage)["scores"].to_list() for stage in range(1, len(TASKS) + 1)]
-        cells = [", ".join(_spread([r[j] for r in each]) for j in range(len(TASKS))) for each in stages]
+        cells = [", ".join(written([r[j] for r in each], 2) for j in range(len(TASKS))) for each in stages]
         end = table.filter(run=arm, stage=len(TASKS))
-        last = [_spread(end[name].to_list()) for name in ("average_performance", "backward_transfer", "forgetting")]
+        last = [written(end[name].to_list(), 2) for name in ("average_performance", "backward_transfer", "forgetting")]
         print(f"| {arm} | {' | '.join([*cells, *last])} |")
-
-
-def _spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 if __name__ == "__main__":

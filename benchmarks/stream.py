@@ -20,7 +20,7 @@ from rich.console import Console
 
 from curate.settings import checked
 from train.stream import StreamConfig, stream
-from train.stream.results import difference, ends, spread
+from train.stream.results import difference, ends, spread, written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +124,7 @@ def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None
         mine = last.filter(run=name)
         if not mine.height:
             continue
-        cells = [_spread(mine[c].to_list(), d) for c, d in (
+        cells = [written(mine[c].to_list(), d) for c, d in (
             ("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3))]  # fmt: skip
         replayed = table.filter(run=name, kind="run").group_by("seed").agg(pl.col("replay").sum())["replay"].to_list()
         beside = [_difference(table, name, "random"), _difference(table, name, "none")]
@@ -136,7 +136,7 @@ def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None
         for tasks, values in found.select("tasks", "scores").iter_rows():
             for task, value in zip(tasks, values, strict=True):
                 scores.setdefault(task, []).append(value)
-        print(f"\n{what}: " + ", ".join(f"{task} {_spread(some, 2)}" for task, some in scores.items()))
+        print(f"\n{what}: " + ", ".join(f"{task} {written(some, 2)}" for task, some in scores.items()))
 
 
 def _difference(table: pl.DataFrame, name: str, other: str) -> str:
@@ -152,11 +152,6 @@ def _difference(table: pl.DataFrame, name: str, other: str) -> str:
         return "–"
     low, high = found["interval"] or (float("nan"),) * 2
     return f"{found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    mean, sd = spread(values)
-    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
 
 def main() -> None:

@@ -40,10 +40,12 @@ settings.load_profile("suite")
 
 # Files that take half a minute or more of one core, the longest first.
 LONG = (
+    "test_engine",
     "test_stream",
     "test_notebooks",
     "test_distributed",
     "test_build",
+    "test_rollout_server",
     "test_policy",
     "test_preferences",
     "test_cppo",

@@ -8,13 +8,10 @@ only when the run is through.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from curate.errors import InputError
-from curate.manifest.io import sha256_file
-from curate.manifest.schema import content_hash
-from curate.models.weights import merged, weights_hash
+from curate.models.weights import merged
 from train import lineage, parallel
 from train.config import (
     AnswersConfig,
@@ -40,6 +35,7 @@ from train.config import (
     RunConfig,
 )  # fmt: skip
 from train.data import Examples
+from train.facts import facts_of, identity_of, read_by, write_facts
 from train.folder import FACTS, MODEL, RUN, alone, clear, refuse_foreign, resumable, whole
 from train.logprobs import AdapterOff, keeps_samples_apart
 from train.methods import Cft, Cpt, Method
@@ -69,21 +65,6 @@ CONFIGS: dict[str, type[RunConfig]] = {
     "cft": CftConfig, "cpt": CptConfig, "pbl": PblConfig, "dpo": DpoConfig, "copr": CoprConfig, "cppo": CppoConfig,
     "grpo": GrpoConfig,
 }  # fmt: skip
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "rehearse")
-HOUSEKEEPING = (
-    "save_dtype",
-    "merge",
-    "save_steps",
-    "save_total_limit",
-    "save_strategy",
-    "logging_steps",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "log_level",
-)  # may differ when a run goes on
 
 
 def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = False) -> Path:
@@ -99,7 +80,7 @@ def run(name: str, config: RunConfig, theirs: Mapping[str, Any], quiet: bool = F
         InputError: something cannot be used; found before the first step wherever it can be.
     """
     out = Path(config.out)
-    refuse_foreign(out, RUN, _read(config))
+    refuse_foreign(out, RUN, read_by(config))
     arguments = _arguments(config, theirs)
     if arguments.process_index:  # the first process alone owns the folder
         return _run(name, config, theirs, arguments, quiet)
@@ -113,11 +94,10 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
     stage = _stage(name, config, tokenizer, context)
     items, epochs = _items(name, config, stage, context, arguments, theirs)
     evaluated = _evaluated(name, config, tokenizer, context, arguments)
-    facts = _facts(name, config, theirs, arguments)
+    facts = facts_of(name, config, theirs, arguments)
     if isinstance(stage, Prompts):
         facts["inputs"]["reward"] = stage.reward.fingerprint
-    decides = {k: v for kind in ("settings", "training") for k, v in facts[kind].items() if k not in HOUSEKEEPING}
-    identity = {"method": name, "settings": content_hash([decides, facts["data"], facts["inputs"]])}
+    identity = identity_of(facts)
     last, damaged = resumable(out, identity, facts) if config.resume else (None, [])
     set_seed(arguments.seed)  # random weights and fresh adapters are the run's, not the process's
     model = open_model(config)
@@ -177,7 +157,7 @@ def _run(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any
                 clear(out)
             if last is None:  # rollouts are of the policy that begins now
                 shutil.rmtree(out / ROLLOUTS, ignore_errors=True)
-            _write_facts(out, facts | {"identity": identity})
+            write_facts(out, facts | {"identity": identity})
             stage.write_left_out(out)
             lineage.write(items, out, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps,
                           arguments.world_size)  # fmt: skip
@@ -221,16 +201,6 @@ def _start(name: str, stage: Examples | Stage | Prompts, items: Items, arguments
     elif last is not None:
         words.append(f"going on from {last.name}")
     return " · ".join(words)
-
-
-def _read(config: RunConfig) -> list[Path]:
-    """Everything that a run reads."""
-    kl, ewc, o_lora = (getattr(config, key, None) for key in ("kl", "ewc", "o_lora"))
-    rl = (config.retention.model, config.value.model, config.value.head) if isinstance(config, CppoConfig) else ()
-    names = [config.model, config.init, config.tokenizer, *config.data, *config.eval_data, kl and kl.reference, *rl,
-             *(ewc.fisher if ewc else ()), *(o_lora.previous if o_lora else ()),
-             *getattr(config, "buffers", ())]  # fmt: skip
-    return [config.path(name) for name in names if name]
 
 
 # --- data ---
@@ -404,62 +374,6 @@ def _arguments(config: RunConfig, theirs: Mapping[str, Any]) -> Any:
         raise InputError("ewc and o_lora need whole parameters, which ZeRO-3 does not show",
                          remedy="ZeRO-2, FSDP2 or DDP")  # fmt: skip
     return arguments
-
-
-# --- the run folder ---
-
-
-def _facts(name: str, config: RunConfig, theirs: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
-    folders = [*config.data, *config.eval_data]
-    data = {folder: sha256_file(config.path(folder) / "provenance.json") for folder in folders}
-    kept = {"out", "resume", "base"}  # where, not what
-    return {
-        "method": name,
-        "settings": {key: value for key, value in config.model_dump().items() if key not in kept},
-        "training": {**{key: "…" if _secret(key) else value for key, value in theirs.items()},
-                     "num_train_epochs": theirs.get("num_train_epochs", 3.0), "seed": arguments.seed,
-                     "max_steps": arguments.max_steps, **_processes(arguments)},
-        "data": data,
-        "inputs": _inputs(config),
-        "git": _git(),
-        "packages": {package: version(package) for package in PACKAGES},
-    }  # fmt: skip
-
-
-def _secret(key: str) -> bool:
-    """A key whose value must not be written down: hub_token, push_to_hub_token, …"""
-    return key.endswith("_token") or any(part in key for part in ("secret", "password", "api_key"))
-
-
-def _inputs(config: RunConfig) -> dict[str, str]:
-    """Hashes of the weights that a run begins with or is held by, by path; a hub model is named in `settings`."""
-    data = {config.path(name) for name in (*config.data, *config.eval_data)}
-    found = [path for path in _read(config) if path not in data and path.exists()]
-    return {str(path): weights_hash(path) if path.is_dir() else sha256_file(path) for path in found}
-
-
-def _processes(arguments: Any) -> dict[str, Any]:
-    """Which rows a step has, and what a checkpoint looks like, depends on them."""
-    if arguments.world_size == 1:
-        return {}
-    return {"processes": arguments.world_size, "sharded": parallel.sharded(arguments)}
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the working directory, and whether it has changes; None outside a repository."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": head.stdout.strip(), "changes": bool(dirty.stdout.strip())}
-
-
-def _write_facts(out: Path, facts: Mapping[str, Any]) -> None:
-    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"
-    temporary = out / f".{FACTS}"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out / FACTS)
 
 
 def _publish(trainer: RehearseTrainer, out: Path, config: RunConfig, tokenizer: Any) -> Path:

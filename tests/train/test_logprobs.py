@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from train import logprobs
+from train.head import causal_of
 from train.logprobs import (
     AdapterOff,
     keeps_samples_apart,
@@ -531,14 +532,14 @@ def ddp(model: nn.Module) -> nn.Module:
 
 
 def fsdp(model: nn.Module) -> nn.Module:
-    base = logprobs._causal(model)
+    base = causal_of(model)
     for layer in base.model.layers:
         fully_shard(layer)
     return fully_shard(model, reshard_after_forward=True)  # its head is gone after the forward, and comes when asked
 
 
 def fsdp_with_the_head_apart(model: nn.Module) -> nn.Module:
-    fully_shard(logprobs._causal(model).lm_head, reshard_after_forward=True)
+    fully_shard(causal_of(model).lm_head, reshard_after_forward=True)
     return fsdp(model)
 
 

@@ -23,7 +23,7 @@ from train.plots import curves
 from train.stream import results
 from train.stream.config import StreamConfig
 from train.stream.plan import Plan
-from train.stream.results import difference, ends, spread
+from train.stream.results import difference, ends, spread, written
 
 FILE, CURVES = "stream.html", "curves.svg"
 MOST_MATRICES = 24
@@ -151,7 +151,7 @@ def _gains(table: pl.DataFrame, names: list[str]) -> Section:
     rows = []
     for name in names:
         part = last.filter(run=name)
-        rows.append([short(name), *(_cell(part[m].drop_nulls().to_list(), d) for m, d in
+        rows.append([short(name), *(written(part[m].drop_nulls().to_list(), d) for m, d in
                      (("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3), ("forgetting", 3),
                       ("KGR", 3), ("KRR", 3))), str(part.height)])  # fmt: skip
     header = ["run", "relative gain, %", "AP", "BWT", "forgetting", "KGR", "KRR", "seeds"]
@@ -264,9 +264,9 @@ def _bounds(table: pl.DataFrame, config: StreamConfig) -> Section:
         alone = table.filter(pl.col("kind") == "single", pl.col("run") == task, pl.col("stage") == 1)
         both = table.filter(pl.col("kind") == "joint", pl.col("stage") == 1).select("tasks", "scores").iter_rows()
         joint = [dict(zip(t, scores, strict=True))[task] for t, scores in both]
-        rows.append([short(task), _cell([v for v in (before.get(task),) if v is not None], 3),
-                     _cell([scores[0] for scores in alone["scores"].to_list()], 3),
-                     _cell([v for v in joint if v is not None], 3)])  # fmt: skip
+        rows.append([short(task), written([v for v in (before.get(task),) if v is not None], 3),
+                     written([scores[0] for scores in alone["scores"].to_list()], 3),
+                     written([v for v in joint if v is not None], 3)])  # fmt: skip
     header = ["task", "before training", "trained alone", "all tasks at once"]
     says = [
         "Upper bounds, trained with the stream's own settings, without what an arm changes. Each task alone is what "
@@ -285,7 +285,7 @@ def _costs(plan: Plan, table: pl.DataFrame, names: list[str]) -> Section:
         runs = [run for run in plan.runs if run.kind == "run" and run.name == name and run.seed in seeds.to_list()]
         took = [found for run in runs if (found := results.times(plan, run)) is not None]
         means = [[t.get(c, 0.0) for t in took] for c in ("build", "train", "fisher", "eval")]
-        rows.append([short(name), *("–" if part[c].null_count() else _cell(summed[c].to_list(), 0) for c in columns),
+        rows.append([short(name), *("–" if part[c].null_count() else written(summed[c].to_list(), 0) for c in columns),
                      *(f"{sum(v) / len(v):,.0f}" if v and any(v) else "–" for v in means),
                      f"{sum(map(sum, means)) / len(took):,.0f}" if took else "–"])  # fmt: skip
     header = ["run", "rows of its tasks", "rows replayed", "rewrites", "steps", "tokens", "build, s", "training, s",
@@ -303,10 +303,3 @@ def _mean(rows: Sequence[Sequence[float | None]], n: int) -> list[float | None]:
         values = [v for row in rows if (v := row[column]) is not None]
         found.append(round(float(np.mean(np.sort(values))), 4) if values else None)
     return found
-
-
-def _cell(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "–"
-    mean, sd = spread(values)
-    return f"{mean:,.{digits}f}" + (f" ± {sd:,.{digits}f}" if sd is not None and (digits or sd >= 0.5) else "")

@@ -32,8 +32,9 @@ from curate.models.weights import model_folder, stack, weights_hash
 from curate.readers import identify
 from curate.settings import FUNCTION, checked
 from train.evaluate import EvalConfig
+from train.facts import HOUSEKEEPING
 from train.fisher import FisherConfig
-from train.run import CONFIGS, HOUSEKEEPING
+from train.run import CONFIGS
 from train.settings import parse
 from train.stream.config import Recipe, StreamConfig
 

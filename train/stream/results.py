@@ -210,6 +210,18 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None
 
 
+def written(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation over seeds, as tables show it; a deviation that rounds to no whole is left out.
+
+    >>> written([1.0, 3.0], 2), written([1234.0, 1234.4], 0), written([0.5], 1), written([], 1)
+    ('2.00 ± 1.41', '1,234', '0.5', '–')
+    """
+    if not len(values):
+        return "–"
+    mean, sd = spread(values)
+    return f"{mean:,.{digits}f}" + (f" ± {sd:,.{digits}f}" if sd is not None and (digits or sd >= 0.5) else "")
+
+
 def difference(table: pl.DataFrame, run: str, baseline: str, metric: str = "relative_gain") -> dict[str, Any] | None:
     """What a run has more than another at its end, seed by seed: mean, 95% interval by Student's t, the pairs.
 

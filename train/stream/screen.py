@@ -14,7 +14,7 @@ from rich.text import Text
 
 from curate.manifest.markdown import printable
 from train.stream.plan import Plan, Stage
-from train.stream.results import ends, spread
+from train.stream.results import ends, written
 
 
 class Terminal:
@@ -95,16 +95,9 @@ def ends_table(table: pl.DataFrame) -> Table:
         mine = table.filter(pl.col("run") == name, pl.col("kind") == "run", pl.col("stage") > 0,
                             pl.col("seed").is_in(part["seed"].implode()))  # fmt: skip
         rows = "–" if mine["replay"].null_count() else f"{mine['replay'].sum() / part.height:,.0f}"
-        cells = [_cell(part[column].drop_nulls().to_list(), digits) for column, _, digits in columns]
+        cells = [written(part[column].drop_nulls().to_list(), digits) for column, _, digits in columns]
         found.add_row(Text(printable(name)), *cells, rows, str(part.height))
     return found
-
-
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
-        return "–"
-    mean, sd = spread(values)
-    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
 
 def commands(plan: Plan) -> Iterator[str]:
