@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import random
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from train.config import CftConfig
 from train.run import run
 from train.settings import load
 from train.stream import StreamConfig, stream
-from train.stream.results import written
+from train.stream.results import difference, written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -120,17 +119,24 @@ def main() -> None:
         where = pl.lit(str(folder / "stream/stages"))
         tables.append(made.with_columns(where=where))
     table = pl.concat(tables)
-    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | both | KL |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
+    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | both | more than PPO | KL |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for arm in table["run"].unique(maintain_order=True):
         stages = [table.filter(run=arm, stage=stage).sort("seed") for stage in (0, 1, 2)]
-        r = [stage["scores"].to_list() for stage in stages]  # by stage, seed, task
-        cells = [", ".join(written([scores[j] for scores in each], 2) for j in (0, 1)) for each in r]
-        lost = written([max(a[0], b[0]) - c[0] for a, b, c in zip(*r, strict=True)], 2)
-        both = written([statistics.mean(scores) for scores in r[2]], 2)
+        cells = [", ".join(written([r[j] for r in each["scores"].to_list()], 2) for j in (0, 1)) for each in stages]
+        cells += [written(stages[2][name].to_list(), 2) for name in ("forgetting", "average_performance")]
+        cells.append(_more(table, arm))
         kl = ", ".join(written([_last_kl(Path(w) / f) for w, f in stage.select("where", "folder").iter_rows()], 2)
                        for stage in stages[1:])  # fmt: skip
-        print(f"| {arm} | {' | '.join(cells)} | {lost} | {both} | {kl} |")
+        print(f"| {arm} | {' | '.join([*cells, kl])} |")
+
+
+def _more(table: pl.DataFrame, arm: str) -> str:
+    """Mean of both tasks at the end, less that of PPO, with its 95% interval."""
+    found = None if arm == "ppo" else difference(table, arm, "ppo", "average_performance")
+    if found is None or found["interval"] is None:
+        return "–"
+    return f"{found['mean']:+.2f} [{found['interval'][0]:+.2f}, {found['interval'][1]:+.2f}]"
 
 
 def _last_kl(stage: Path) -> float:
