@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,12 @@ DRIVER = shutil.which("chromedriver")
 MISSING = "" if BINARY and DRIVER else "no Chromium with its driver here (Debian: chromium, chromium-driver)"
 FLAGS = ("--headless=new", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage")  # fmt: skip
+
+WATCH = """
+window.violations = [];
+addEventListener('securitypolicyviolation', (event) => window.violations.push(event.violatedDirective));
+window.alert = window.confirm = window.prompt = () => { window.hacked = 1; };
+"""
 
 
 @contextmanager
@@ -41,3 +48,27 @@ def browser(width: int = 1280, height: int = 900, dark: bool = False) -> Iterato
             yield chrome
         finally:
             chrome.quit()
+
+
+@contextmanager
+def visit(page, **how):
+    """A browser that has loaded the page; nothing may be in its console when it goes."""
+    with browser(**how) as chrome:
+        chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
+        chrome.get(page.as_uri())
+        yield chrome
+        assert [entry["message"] for entry in chrome.get_log("browser")] == []
+        assert chrome.execute_script("return window.violations") == []
+
+
+def until(what, seconds=20.0):
+    """Wait for something to become true, and return it."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+    return found
+
+
+def js(chrome, code, *arguments):
+    return chrome.execute_script(code, *arguments)

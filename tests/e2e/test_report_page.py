@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 import time
-from contextlib import contextmanager
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from itertools import pairwise
 
 import pytest
-from browser import MISSING, browser
+from browser import MISSING, WATCH, browser, js, until, visit
 from report_manifest import hostile, made
 
 from curate.report import report
@@ -18,13 +17,6 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 pytest.importorskip("selenium")
 
 PLOTS = ("distances", "map", "quota", "clusters", "insinfo", "rows", "curve", "plane")
-WATCH = """
-window.violations = [];
-addEventListener('securitypolicyviolation', (event) => window.violations.push(event.violatedDirective));
-window.alert = window.confirm = window.prompt = () => { window.hacked = 1; };
-"""
-
-
 LONELY = """
 const plot = document.querySelector('#plane .canvas'), box = plot.getBoundingClientRect(), l = plot._fullLayout;
 const at = (t, i) => [t.customdata[i], box.x + l.xaxis._offset + l.xaxis.d2p(t.x[i]),
@@ -61,30 +53,6 @@ PRESS = "[...document.querySelectorAll('#samples button')].find((b) => b.textCon
 def made_run(tmp_path_factory):
     run = made(tmp_path_factory.mktemp("page") / "run", samples=300)
     return run, report(run.folder)
-
-
-@contextmanager
-def visit(page, **how):
-    """A browser that has loaded the page; nothing may be in its console when it goes."""
-    with browser(**how) as chrome:
-        chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
-        chrome.get(page.as_uri())
-        yield chrome
-        assert [entry["message"] for entry in chrome.get_log("browser")] == []
-        assert chrome.execute_script("return window.violations") == []
-
-
-def until(what, seconds=20.0):
-    """Wait for something to become true, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-    return found
-
-
-def js(chrome, code, *arguments):
-    return chrome.execute_script(code, *arguments)
 
 
 def drawn(chrome, name):

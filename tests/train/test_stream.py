@@ -5,18 +5,21 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import yaml
+from browser import MISSING, js, until, visit
 from commands import called
 from test_run import ROOT, STARTER
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +151,30 @@ def test_metrics_are_those_of_the_scores(place, done):
         assert end["KGR"] == (pytest.approx(wrong["correct_right"].mean()) if wrong.height else None)
 
 
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (1440, True)])
+def test_the_page_in_a_browser(place, done, width, dark):
+    """From a file, with the network off: plots are drawn, figures are the table's, nothing is wider than the window."""
+    pytest.importorskip("selenium")
+    table = pl.read_parquet(place / "out/results.parquet")
+    ends = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
+    with visit(place / "out/stream.html", width=width, dark=dark) as chrome:
+        n = js(chrome, "return document.querySelectorAll('.canvas').length")
+        assert n == 4, "gain, difference, and a matrix a run"
+        for i in range(n):
+            plot = f"document.querySelectorAll('.canvas')[{i}]"
+            js(chrome, f"{plot}.scrollIntoView({{behavior: 'instant'}})")
+            until(partial(js, chrome, f"return !!{plot}.querySelector('.main-svg')"))
+        assert js(chrome, "return document.documentElement.scrollWidth") <= width
+        rows = js(chrome, "return [...document.querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => "
+                          "c.textContent))")  # fmt: skip
+        for run in ends.iter_rows(named=True):
+            (mine,) = [r for r in rows if r[0] == run["run"] and len(r) == 8 and r[-1] == "1"]
+            shown = [(run[name], digits) for name, digits in (("relative_gain", 1), ("average_performance", 3),
+                                                              ("backward_transfer", 3), ("forgetting", 3))]  # fmt: skip
+            assert mine[1:5] == ["–" if v is None else f"{v:.{digits}f}" for v, digits in shown]
+
+
 def test_what_is_done_is_not_done_again(place, done):
     before = {f: f.stat().st_mtime_ns for f in (place / "out/stages").rglob("model.safetensors")}
     was = digest(place / "out")
@@ -277,6 +304,28 @@ def test_ewc_and_every_task(place, tmp_path):
     assert table["forward_transfer"][2] == pytest.approx(r[1][1] - r[0][1])
     assert table["relative_gain"].null_count() == 3, "no task alone, no upper bound"
     assert table["average_performance"][2] == pytest.approx(metrics.average_performance(r))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words", "says"),
+    [
+        ('"definition"', '"definition', (), r"held-out rows: misc.jsonl: row 2: not JSON"),
+        (
+            '"split": "test"',
+            '"split": "train"',
+            (),
+            "held-out rows: .*misc.jsonl: no row of split 'test'; it has train",
+        ),
+        ("", "", ("arms={random: {replay.budget: 13}}",), "stage 2: misc: replay.budget 13 is above the 12 rows"),
+    ],
+)
+def test_a_fault_in_the_last_task_is_found_before_the_first_is_trained(place, tmp_path, old, new, words, says):
+    shutil.copytree(place, tmp_path / "p", ignore=shutil.ignore_patterns("out"))
+    first, *others = (tmp_path / "p/misc.jsonl").read_text().splitlines()
+    (tmp_path / "p/misc.jsonl").write_text("\n".join([first, *(line.replace(old, new) for line in others)]))
+    made = called(main, "stream", "--config", "config.yaml", "out=out", *words, cwd=tmp_path / "p")
+    assert made.returncode == 1 and re.search(says, made.stderr), made.stderr
+    assert not [*(tmp_path / "p/out").glob("stages/*/*/")], "nothing was built, trained or scored"
 
 
 def test_bits_do_not_depend_on_what_is_left_to_do(place, done, tmp_path):

@@ -249,7 +249,7 @@ def _matrices(table: pl.DataFrame, names: list[str]) -> Section:
         parts.append(Plot(f"matrix-{number}", short(name), alt, [trace], layout, figures, half=True))
     more = f" The first {MOST_MATRICES} of {len(names)} runs; the table has all." if len(names) > MOST_MATRICES else ""
     says = [
-        "R: the mean score over seeds of each task (column) after each stage (row). Where a column pales downwards, "
+        "R: the mean score over seeds of each task (column) after each stage (row). Where a column fades downwards, "
         f"its task is forgotten.{more}"
     ]
     return Section("matrices", "R, the scores behind it", says, parts)

@@ -29,7 +29,7 @@ from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
 from curate.models.function import open_function
 from curate.models.weights import model_folder, stack, weights_hash
-from curate.readers import identify
+from curate.readers import SourceId, identify
 from curate.settings import FUNCTION, checked
 from train.evaluate import EvalConfig
 from train.facts import HOUSEKEEPING
@@ -138,7 +138,12 @@ class Plan:
     out: Path
     stages: dict[str, Stage] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)  # task → hash of its files
+    identities: dict[str, SourceId] = field(default_factory=dict)  # task → hashes of its files
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Task → hash of its files."""
+        return {name: content_hash(sorted(found.files.values())) for name, found in self.identities.items()}
 
     def folder(self, name: str) -> Path:
         """Where a stage lies."""
@@ -177,7 +182,7 @@ class _Planner:
         self.weights = weights_hash(folder)
         self.model = self._path(config.model, self.weights)
         for task in config.tasks:
-            self.made.sources[task.name] = content_hash(sorted(identify(task, self.base).files.values()))
+            self.made.identities[task.name] = identify(task, self.base)
             self._path(task.path, self.made.sources[task.name])
 
     def plan(self) -> Plan:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import polars as pl
 
+from curate.build import Build
+from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.models.weights import model_folder
+from curate.screen import Silent as Quiet
 from train.folder import LOCK, alone, refuse_foreign
 from train.stream import page, pool, results
 from train.stream.config import StreamConfig
@@ -79,6 +83,8 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
         for each in made.stages.values():
             write_files(made, each)
         left = {name for name in made.stages if not made.done(name)}
+        if left:
+            _read_ahead(made, left, config)
         folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
         allowed = pool.workers_for(pool.bytes_of(folder), config.workers)
         threads = config.threads or (max(1, pool.cores() // config.workers) if config.workers else 1)
@@ -95,6 +101,24 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
         finally:  # Ctrl-C too: no live line stays
             screen.end()
         return _publish(made, config)
+
+
+def _read_ahead(made: Plan, left: Collection[str], config: StreamConfig) -> None:
+    """Every row of every task, and every budget, before the first stage: a fault in the last one waits for no hours.
+
+    The builds of the stages find what is read here in their cache.
+    """
+    paths = {task.name: task.path for task in config.tasks}
+    for stage in made.stages.values():
+        if stage.folder in left and "build" in stage.steps:
+            given = stage.steps["build"].settings
+            tasks = [{**task, "path": paths[task["name"]]} for task in given["tasks"]]
+            here = {"tasks": tasks, "base": config.base, "cache": str(made.out / CACHE)}
+            reader = Build(BuildConfig.parse({**given, **here}, stage.title), Quiet())
+            try:
+                reader.budget(reader.read([made.identities[task["name"]] for task in tasks]))
+            except InputError as error:
+                raise InputError(f"{stage.title}: {error}") from None
 
 
 def _publish(made: Plan, config: StreamConfig) -> pl.DataFrame:
