@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples/starter"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--arms", default="sft,dpo,dpo-replay,copr-none,copr-replay,copr")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--longest", type=int, default=200, help="tokens of a prompt with an answer")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--held-out", action="store_true")
@@ -142,16 +142,31 @@ def main() -> None:
             "bounds": {"none": False, "single": False, "joint": False}, "workers": args.workers,
             "arms": {arm: ARMS[arm] for arm in args.arms.split(",")}, "out": str(folder / "stream"),
         }  # fmt: skip
-        tables.append(stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True))))
+        made = stream(checked(StreamConfig, given), screen=Terminal(Console(stderr=True)))
+        tables.append(made.with_columns(where=pl.lit(str(folder / "stream/stages"))))
     table = pl.concat(tables)
-    print(f"\n{side} prompts, ranking_change\n\n| arm | R after stage 1 | 2 | 3 | AP | BWT | forgetting |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        f"\n{side} prompts, ranking_change\n\n| arm | R after stage 1 | 2 | 3 | AP | BWT | forgetting | λ at the end |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for arm in table["run"].unique(maintain_order=True):
         stages = [table.filter(run=arm, stage=stage)["scores"].to_list() for stage in range(1, len(TASKS) + 1)]
         cells = [", ".join(written([r[j] for r in each], 2) for j in range(len(TASKS))) for each in stages]
         end = table.filter(run=arm, stage=len(TASKS))
         last = [written(end[name].to_list(), 2) for name in ("average_performance", "backward_transfer", "forgetting")]
+        held = [_lambdas(Path(where) / folder) for where, folder in end.select("where", "folder").iter_rows()]
+        last.append(
+            ", ".join(written([each[task] for each in held], 2) for task in TASKS[:-1] if task in held[0]) or "–"
+        )
         print(f"| {arm} | {' | '.join([*cells, *last])} |")
+
+
+def _lambdas(stage: Path) -> dict[str, float]:
+    """Older task → its λ after the last step; of COPR with a constraint alone."""
+    found: dict[str, float] = {}
+    for line in (stage / "train/log.jsonl").read_text().splitlines():
+        found |= {key[7:]: value for key, value in json.loads(line).items() if key.startswith("lambda/")}
+    return found
 
 
 if __name__ == "__main__":
