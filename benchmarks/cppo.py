@@ -1,6 +1,6 @@
 """Two tasks with a verifiable reward, one after the other: what is still answered rightly? PPO and CPPO, some seeds.
 
-    python benchmarks/cppo.py FOLDER [--model examples/starter] [--seeds 3] [--arms ppo,ppo-replay,ppo-ewc,cppo,…]
+    python benchmarks/cppo.py FOLDER [--model examples/starter] [--seeds 3] [--arms ppo,ppo-ewc,cppo-reward,…]
 
 FOLDER holds the SuperNI files sentiment_analysis.jsonl.gz and detection.jsonl.gz. 200 prompts of each are trained on
 and 100 test rows of each are held out, of those whose prompt has at most 200 tokens and whose references at most 4. The
@@ -94,6 +94,8 @@ def main() -> None:
     for name, value in (("seeds", 3), ("first", 0), ("steps", 80)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
+    if odd := [arm for arm in args.arms.split(",") if arm not in ARMS]:
+        parser.error(f"no arm {odd[0]!r}: there are {', '.join(ARMS)}")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -119,21 +121,23 @@ def main() -> None:
         where = pl.lit(str(folder / "stream/stages"))
         tables.append(made.with_columns(where=where))
     table = pl.concat(tables)
-    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | both | more than PPO | KL |\n"
-          "| --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
+    print("\n| arm | before | after stage 1 | after stage 2 | forgetting of the first | both | "
+          "more than PPO: the first, both | KL |\n| --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
+    table = table.with_columns(first=pl.col("scores").list.first())
     for arm in table["run"].unique(maintain_order=True):
         stages = [table.filter(run=arm, stage=stage).sort("seed") for stage in (0, 1, 2)]
         cells = [", ".join(written([r[j] for r in each["scores"].to_list()], 2) for j in (0, 1)) for each in stages]
         cells += [written(stages[2][name].to_list(), 2) for name in ("forgetting", "average_performance")]
-        cells.append(_more(table, arm))
+        more = [_more(table, arm, of) for of in ("first", "average_performance")]
+        cells.append(", ".join(more) if arm != "ppo" else "–")
         kl = ", ".join(written([_last_kl(Path(w) / f) for w, f in stage.select("where", "folder").iter_rows()], 2)
                        for stage in stages[1:])  # fmt: skip
         print(f"| {arm} | {' | '.join([*cells, kl])} |")
 
 
-def _more(table: pl.DataFrame, arm: str) -> str:
-    """Mean of both tasks at the end, less that of PPO, with its 95% interval."""
-    found = None if arm == "ppo" else difference(table, arm, "ppo", "average_performance")
+def _more(table: pl.DataFrame, arm: str, of: str) -> str:
+    """A score at the end, less that of PPO, with its 95% interval."""
+    found = difference(table, arm, "ppo", of)
     if found is None or found["interval"] is None:
         return "–"
     return f"{found['mean']:+.2f} [{found['interval'][0]:+.2f}, {found['interval'][1]:+.2f}]"

@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/preferences-proof"))
     args = parser.parse_args()
+    if odd := [arm for arm in args.arms.split(",") if arm not in ARMS]:
+        parser.error(f"no arm {odd[0]!r}: there are {', '.join(ARMS)}")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

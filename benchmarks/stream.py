@@ -88,7 +88,7 @@ def dose(table: pl.DataFrame, stages: Path) -> None:
     """The final score of an older task's instruction by how many of its rows came back over the whole run."""
     (held,) = stages.glob("held-out-*")
     asked = pl.read_parquet(held / "manifest/samples.parquet", columns=["uid", "task", "instruction"])
-    found = []
+    found, seen = [], set[str]()
     for name, seed in ends(table).select("run", "seed").iter_rows():
         mine = table.filter(pl.col("run") == name, pl.col("kind") == "run", pl.col("seed") == seed, pl.col("stage") > 1)
         replayed = pl.concat(
@@ -98,8 +98,11 @@ def dose(table: pl.DataFrame, stages: Path) -> None:
         last = stages / mine.sort("stage")["folder"][-1]
         items = pl.read_parquet(next(last.glob("eval*/items.parquet"))).filter(pl.col("task") != mine["tasks"][0][-1])
         scores = items.join(asked, on=["uid", "task"]).group_by("task", "instruction").agg(pl.col("score").mean())
-        found.append(scores.join(replayed, on=["task", "instruction"], how="left").with_columns(
-            pl.col("rows").fill_null(0), run=pl.lit(name)))  # fmt: skip
+        mine = scores.join(replayed, on=["task", "instruction"], how="left").sort("task", "instruction")
+        if (content := mine.write_json()) in seen:
+            continue  # the same rows under another name: one observation
+        seen.add(content)
+        found.append(mine.with_columns(pl.col("rows").fill_null(0), run=pl.lit(name)))
     every = pl.concat(found)
     print("\n| rows of an instruction that came back | instructions | its score at the end | …of them by InsCL |")
     print("| --- | --- | --- | --- |")

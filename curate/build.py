@@ -165,14 +165,16 @@ class Build:
         if all(self.store.has("read", key) for _, key in keyed):
             self.screen.cached("read", f"{len(keyed)} tasks")
         with self._stage_unless_cached("read", [k for _, k in keyed], "rows") as advance:
-            tasks = [
-                TaskRows(task, self.store.get("read", key, partial(self._ingest, task, sources[index], advance)), key)
-                for (task, key), (_, index) in zip(keyed, self.stream, strict=True)
-            ]
+            tasks = [self.read_task(task, sources[index], advance) for task, index in self.stream]
         for each in tasks:
             if n := each.summary["dropped"]:
                 self.screen.note(f"{each.task.name}: {n:,} rows left out; drops.parquet lists each with its reason")
         return tasks
+
+    def read_task(self, task: Task, source: SourceId, advance: Advance) -> TaskRows:
+        """A task's rows as Parquet."""
+        key = self.read_key(task, source)
+        return TaskRows(task, self.store.get("read", key, partial(self._ingest, task, source, advance)), key)
 
     def _ingest(self, task: Task, source: SourceId, advance: Advance, folder: Path) -> None:
         ingest(task, self.base, folder, advance)

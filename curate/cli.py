@@ -331,7 +331,7 @@ def _print(table: Any, summary: dict[str, Any], quiet: bool, as_json: bool) -> N
 @contextmanager
 def _errors(resumable: bool = False) -> Iterator[None]:
     """What a user can mend is one message and exit code 1; the rest keeps its traceback."""
-    from curate.errors import InputError
+    from curate.errors import InputError, of_system
     from curate.manifest import ManifestError
 
     console = Console(stderr=True)
@@ -346,7 +346,7 @@ def _errors(resumable: bool = False) -> Iterator[None]:
         console.print(f"stopped{more}", soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception as error:
-        if not _is_system(error):
+        if not of_system(error):
             raise
         console.print(
             f"[red]error:[/] {escape(str(error)[:1000])}\n  remedy: mend the path or make room, or choose others "
@@ -355,13 +355,6 @@ def _errors(resumable: bool = False) -> Iterator[None]:
             highlight=False,
         )
         raise typer.Exit(1) from None
-
-
-def _is_system(error: Exception) -> bool:
-    """True for what the system refused (no room, no right, no such place), also where polars has wrapped it."""
-    words = ("os error", "IO error", "transport error")
-    wrapped = type(error).__module__.startswith("polars") and any(word in str(error) for word in words)
-    return isinstance(error, OSError) or wrapped
 
 
 def main() -> None:

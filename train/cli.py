@@ -223,7 +223,7 @@ def _train(name: str, config: Path | None, settings: list[str] | None, quiet: bo
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user can mend is one message and exit code 1; the rest keeps its traceback."""
-    from curate.errors import InputError
+    from curate.errors import InputError, of_system
     from curate.manifest import ManifestError
 
     try:
@@ -234,6 +234,12 @@ def _errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from the last checkpoint, if there is one\n")
         raise typer.Exit(130) from None
+    except Exception as error:
+        if not of_system(error):
+            raise
+        sys.stderr.write(f"error: {_plain(str(error)[:1000])}\n  remedy: mend the path, or make room; what is done is "
+                         "kept, and the same command goes on\n")  # fmt: skip
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -219,9 +219,13 @@ def test_again_from_a_stage(place, done, tmp_path):
     for mark in marks:
         mark.touch()
     again = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "2", cwd=tmp_path / "p")
-    assert "2 stages from the 2. on are removed and made again" in again.stderr, again.stderr
+    assert "from the 2. on, 2 stages removed, to be made again" in again.stderr, again.stderr
     assert [m.parent.name for m in marks if not m.exists()] == seconds, "those and no others"
     assert digest(out) == was
+    wrong = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "1", "tasks.1.split=nope",
+                   cwd=tmp_path / "p")  # fmt: skip
+    assert wrong.returncode == 1 and "no row of split 'nope'" in wrong.stderr
+    assert len(models(out)) == len(models(place / "out")), "nothing is removed before all is read"
     wrong = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "3", cwd=tmp_path / "p")
     assert wrong.returncode == 1 and "there are stages 1 to 2" in wrong.stderr
 
@@ -272,6 +276,16 @@ def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_p
     (out / "stages" / broken / "train").unlink()
     assert called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p").returncode == 0
     assert digest(out) == digest(place / "out")
+
+
+def test_a_file_in_the_way_is_one_line(place, tmp_path):
+    for name in ("cache", "stages"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("mine")
+        made = called(main, "stream", "--config", "config.yaml", f"out={out}", cwd=place)
+        assert made.returncode == 1 and "Traceback" not in made.stderr
+        assert re.search(rf"^error: .*{out}/{name}.*\n  remedy: mend the path", made.stderr, re.M), made.stderr
 
 
 def test_two_streams_at_one_place(place, done, tmp_path):

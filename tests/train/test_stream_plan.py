@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import polars as pl
 import pytest
 import yaml
 from test_run import STARTER
@@ -12,7 +13,9 @@ from curate.errors import InputError
 from curate.manifest import ManifestError
 from curate.settings import checked
 from train.stream.config import StreamConfig
+from train.stream.page import _against
 from train.stream.plan import plan
+from train.stream.run import prepared
 
 TASKS = ("a", "b", "c")
 
@@ -144,6 +147,16 @@ def test_what_is_read_beside_the_sources_decides_too(base, tmp_path):
         assert not set(runs(planned(base, **changes))[0].stages) & set(was), file
 
 
+def test_a_stream_does_not_write_into_what_it_is_scored_on(base, tmp_path):
+    tasks = [{**task, "split": "test"} for task in base["tasks"]]
+    build({"tasks": tasks, "replay": {"selector": "random"}, "out": str(tmp_path / "held"), "base": str(tmp_path)})
+    for out in ("held/inner", "held"):
+        config = {**base, "out": str(tmp_path / out), "evaluation": {"data": str(tmp_path / "held")}}
+        with pytest.raises(InputError, match=r"which is read|not of this command|of other"):
+            prepared(checked(StreamConfig, config))
+    assert not (tmp_path / "held/inner").exists()
+
+
 def test_a_held_out_manifest_decides_the_scores(base, tmp_path):
     tasks = [{**task, "path": str(tmp_path / task["path"]), "split": "test"} for task in base["tasks"]]
     for rows in (["a", "b", "c"], ["a", "b", "c", "d"]):
@@ -171,6 +184,44 @@ def test_without_replay_there_is_a_run_in_any_case(base):
     copr = planned(base, bounds={}, method="copr", build={"policy": {}})
     last = next(run for run in runs(copr) if run.name == "none").stages[-1]
     assert "buffers" not in step(copr, last, "copr") and step(copr, last, "copr")["constraint"] == "none"
+
+
+def test_the_bound_has_a_name_of_its_own(base):
+    random, uniform = {"replay.selector": "random"}, {"replay.selector": "uniform"}
+    for name, arms, bound in (("s", {}, "none"), ("none", {}, "no replay"), ("s", {"none": random}, "no replay"),
+                              ("s", {"none": random, "no replay": uniform}, "bound: no replay")):  # fmt: skip
+        made = planned(base, name=name, arms=arms, bounds={"single": False, "joint": False})
+        assert [run.name for run in runs(made)] == [*(arms or [name]), bound]
+
+
+ARM, NONE = {"replay.selector": "random"}, {"replay.selector": "none"}
+
+
+@pytest.mark.parametrize(
+    ("arms", "grid", "against"),
+    [
+        ({"x": ARM, "y": ARM}, {}, {"y": "x"}),
+        ({"x": ARM, "y": ARM}, {"order": ["curriculum", "reverse"]},
+         {"y · curriculum": "x · curriculum", "y · reverse": "x · reverse"}),
+        # without replay a budget makes no other run: it is beside every one
+        ({"none": NONE, "y": ARM}, {"order": ["curriculum", "reverse"], "replay.budget": [1, 2]},
+         {f"y · {order} · budget {n}": f"none · {order}" for order in ("curriculum", "reverse") for n in (1, 2)}),
+        ({"none": NONE, "y": ARM}, {"replay.budget": [1, 2]}, {"y · budget 1": "none", "y · budget 2": "none"}),
+        ({}, {"replay.selector": ["random", "uniform"]}, {"uniform": "random"}),
+    ],
+)  # fmt: skip
+def test_what_a_run_is_compared_with(base, arms, grid, against):
+    config = checked(StreamConfig, {**base, "arms": arms, "grid": grid, "bounds": {"single": False, "joint": False}})
+    made = plan(config)
+    rows = [{"run": r.name, "arm": r.recipe.arm, "cell": r.recipe.cell, "kind": r.kind} for r in runs(made)]
+    found = _against(pl.DataFrame(rows), config)
+    assert {run: other for run, other in found.items() if run != "none"} == against
+
+
+def test_the_joint_bound_has_the_steps_of_all_stages(base):
+    for given in (2, "2"):
+        made = planned(base, train={"max_steps": given})
+        assert step(made, joint_of(made), "cft")["max_steps"] == 2 * 3
 
 
 def test_what_a_method_holds_is_named_stage_by_stage(base):
@@ -259,6 +310,9 @@ def test_a_mixture_counts_where_something_comes_back(base):
         ({"seeds": [1, 1]}, "a seed stands twice"),
         ({"seeds": [-1]}, "-1 is not between 0"),
         ({"train": {"out": "x"}}, r"train\.out: set by the stream"),
+        ({"train": {"ewc": {"weight": 1, "fisher": ["x"]}}}, r"train\.ewc\.fisher: set by the stream"),
+        ({"arms": {"a": {"train.o_lora.previous": ["x"]}}}, r"train\.o_lora\.previous: set by the stream"),
+        ({"train": {"buffers": ["x"]}}, r"train\.buffers: set by the stream"),
         ({"build": {"replay": {}}}, r"build\.replay: a key of the stream itself"),
         ({"replay": {"selector": "inscl", "budgett": 3}}, r"unknown key 'replay\.budgett'"),
         ({"evaluation": {"split": "train"}}, r"tasks\.0\.split: 'train' is what"),

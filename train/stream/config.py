@@ -24,7 +24,9 @@ RECIPE = ("order", "replay", "build", "method", "train", "fisher")
 """What arms and the grid may change."""
 BUDGETS = ("budget", "per_task", "ratio")
 OWN_BUILD = ("name", "tasks", "seed", "replay", "out", "cache", "base")
-OWN_TRAIN = ("model", "data", "out", "seed", "resume", "init", "base")
+OWN_TRAIN = ("model", "data", "out", "seed", "resume", "init", "base", "buffers")
+HANDED_ON = (("ewc", "fisher"), ("o_lora", "previous"))
+"""Keys within sections of training that name what older stages left."""
 OWN_FISHER = ("model", "data", "out", "seed", "base")
 _ARM = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*\Z")
 
@@ -186,7 +188,9 @@ class StreamConfig(Section):
                     )
         if self.bounds.none and not any(r.how.replay.get("selector") == "none" for r in found):
             without = {"replay.selector": "none"} | ({"train.constraint": "none"} if self.method == "copr" else {})
-            found.append(self.recipe("none" if "none" not in self.arms else "no replay", "", without))
+            taken = {r.name for r in found}
+            free = next(n for n in ("none", "no replay", "bound: no replay") if n not in taken)
+            found.append(self.recipe(free, "", without))
         return found
 
     def recipe(self, arm: str, cell: str, changes: Mapping[str, Any]) -> Recipe:
@@ -242,6 +246,8 @@ def _refuse_own(settings: Any) -> None:
                         if given.get(key) is not None and not isinstance(given[key], dict)
                         and not (key == "reference" and section == "train")), None):  # fmt: skip
             raise ValueError(f"{section}.{odd}: a mapping of its settings is needed, not {str(given[odd])[:50]!r}")
+    if named := next((f"{part}.{key}" for part, key in HANDED_ON if key in (settings.train.get(part) or {})), None):
+        raise ValueError(f"train.{named}: set by the stream; leave it out here")
 
 
 class _Recipe(Section):

@@ -65,12 +65,14 @@ def _against(table: pl.DataFrame, config: StreamConfig) -> dict[str, str]:
     """Run → the run that it is compared with: of the baseline's arm, at its own place in the grid."""
     runs = table.filter(kind="run").unique("run", maintain_order=True).select("run", "arm", "cell").rows()
     first = config.baseline if config.baseline is not None else (runs[0][1] if runs else "")
-    if len({arm for _, arm, _ in runs}) == 1:  # a grid alone: its first place
-        return {run: runs[0][0] for run, *_ in runs[1:]}
-    base = {cell: run for run, arm, cell in runs if arm == first}
-    only = next(iter(base.values())) if len(base) == 1 else None
-    found = {run: base.get(cell, only) for run, arm, cell in runs if arm != first}
-    return {run: other for run, other in found.items() if other is not None}
+    base = {frozenset(cell.split(" · ")) - {""}: run for run, arm, cell in runs if arm == first}
+    found = {}
+    for run, arm, cell in runs:
+        # a run without replay has no place among budgets: its cell is the part of theirs that counts for it
+        fits = [place for place in base if place <= set(cell.split(" · "))]
+        if arm != first and (fits or len(base) == 1):
+            found[run] = base[max(fits, key=len)] if fits else next(iter(base.values()))
+    return found or {run: runs[0][0] for run, *_ in runs[1:]}  # a grid alone: its first place
 
 
 def _names(table: pl.DataFrame) -> list[str]:

@@ -15,7 +15,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,8 +285,9 @@ class _Planner:
             steps.append(self._build([self._task(name) for name in self.names], EVERYTHING, asked, seed))
         else:
             train["data"] = [f"../{stage.folder}/manifest" for stage in alone]
-        if isinstance(most := train.get("max_steps"), int) and most > 0:
-            train["max_steps"] = most * len(alone)  # as many as a run has in all
+        with suppress(TypeError, ValueError):  # what is no number is refused with the other settings
+            if (most := int(train.get("max_steps", -1))) > 0:
+                train["max_steps"] = most * len(alone)  # as many as a run has in all
         steps += [Step(how.method, train), self._score(self.names, held_out)]
         return self._add("joint", self.names, steps, [held_out, start, *alone])
 

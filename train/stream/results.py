@@ -141,9 +141,9 @@ def cost(folder: Path) -> dict[str, Any]:
     with suppress(OSError, pl.exceptions.PolarsError):
         seen = pl.read_parquet(folder / "train/lineage.parquet", columns=["uid", "task", "origin"]).unique()
         found = {name: int((seen["origin"] == name).sum()) for name in ("current", "replay", "augmented")}
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, IndexError, AttributeError, TypeError):
         last = json.loads((folder / "train/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        found |= {"steps": last.get("step"), "tokens": last.get("tokens")}
+        found |= {name: int(last[key]) for name, key in (("steps", "step"), ("tokens", "tokens")) if key in last}
     return found
 
 
@@ -213,13 +213,13 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 def written(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation over seeds, as tables show it; a deviation that rounds to no whole is left out.
 
-    >>> written([1.0, 3.0], 2), written([1234.0, 1234.4], 0), written([0.5], 1), written([], 1)
-    ('2.00 ± 1.41', '1,234', '0.5', '–')
+    >>> written([1.0, 3.0], 2), written([1234.0, 1234.4], 0), written([0, 0, 0, 1], 0), written([], 1)
+    ('2.00 ± 1.41', '1,234', '0', '–')
     """
     if not len(values):
         return "–"
     mean, sd = spread(values)
-    return f"{mean:,.{digits}f}" + (f" ± {sd:,.{digits}f}" if sd is not None and (digits or sd >= 0.5) else "")
+    return f"{mean:,.{digits}f}" + (f" ± {sd:,.{digits}f}" if sd is not None and (digits or round(sd)) else "")
 
 
 def difference(table: pl.DataFrame, run: str, baseline: str, metric: str = "relative_gain") -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ import polars as pl
 from curate.build import Build
 from curate.config import BuildConfig
 from curate.errors import InputError
+from curate.ingest import TaskRows
 from curate.models.weights import model_folder
+from curate.report.parts import plural
 from curate.screen import Silent as Quiet
 from train.folder import LOCK, alone, refuse_foreign
 from train.stream import page, pool, results
@@ -78,13 +80,14 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
     screen = screen or Silent()
     made = prepared(config)
     with alone(made.out):
-        if stage is not None:
-            _remove(made, stage, len(config.tasks), screen)
+        again = [] if stage is None else _again(made, stage, len(config.tasks))
         for each in made.stages.values():
             write_files(made, each)
-        left = {name for name in made.stages if not made.done(name)}
-        if left:
-            _read_ahead(made, left, config)
+        if left := {name for name in made.stages if name in again or not made.done(name)}:
+            _read_ahead(made, left, config, screen)
+        if stage is not None:
+            _remove(made, again)
+            screen.note(f"from the {stage}. on, {plural(len(again), 'stage')} removed, to be made again")
         folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
         allowed = pool.workers_for(pool.bytes_of(folder), config.workers)
         threads = config.threads or (max(1, pool.cores() // config.workers) if config.workers else 1)
@@ -103,22 +106,29 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
         return _publish(made, config)
 
 
-def _read_ahead(made: Plan, left: Collection[str], config: StreamConfig) -> None:
+def _read_ahead(made: Plan, left: Collection[str], config: StreamConfig, screen: Screen) -> None:
     """Every row of every task, and every budget, before the first stage: a fault in the last one waits for no hours.
 
     The builds of the stages find what is read here in their cache.
     """
-    paths = {task.name: task.path for task in config.tasks}
+    paths, rows = {task.name: task.path for task in config.tasks}, dict[str, TaskRows]()
     for stage in made.stages.values():
-        if stage.folder in left and "build" in stage.steps:
-            given = stage.steps["build"].settings
-            tasks = [{**task, "path": paths[task["name"]]} for task in given["tasks"]]
-            here = {"tasks": tasks, "base": config.base, "cache": str(made.out / CACHE)}
-            reader = Build(BuildConfig.parse({**given, **here}, stage.title), Quiet())
-            try:
-                reader.budget(reader.read([made.identities[task["name"]] for task in tasks]))
-            except InputError as error:
-                raise InputError(f"{stage.title}: {error}") from None
+        if stage.folder not in left or "build" not in stage.steps:
+            continue
+        given = stage.steps["build"].settings
+        here = {"tasks": [{**task, "path": paths[task["name"]]} for task in given["tasks"]],
+                "base": config.base, "cache": str(made.out / CACHE)}  # fmt: skip
+        reader = Build(BuildConfig.parse({**given, **here}, stage.title), Quiet())
+        try:
+            for task, _ in reader.stream:
+                source = made.identities[task.name]
+                if (key := reader.read_key(task, source)) not in rows:
+                    if not reader.store.has("read", key):
+                        screen.note(f"reading {task.config.path}, split {task.config.split or 'none'}")
+                    rows[key] = reader.read_task(task, source, lambda n: None)
+            reader.budget([rows[reader.read_key(task, made.identities[task.name])] for task, _ in reader.stream])
+        except InputError as error:
+            raise InputError(f"{stage.title}: {error}") from None
 
 
 def _publish(made: Plan, config: StreamConfig) -> pl.DataFrame:
@@ -154,7 +164,8 @@ def prepared(config: StreamConfig) -> Plan:
     Raises:
         InputError: as `stream`.
     """
-    inputs = [config.path(task.path) for task in config.tasks] + [config.path(config.model)]
+    given = [config.evaluation.data] if config.evaluation.data is not None else []
+    inputs = [config.path(name) for name in [*(task.path for task in config.tasks), config.model, *given]]
     refuse_foreign(Path(config.out), OWN, [path for path in inputs if path.exists()])
     out = Path(config.out).resolve()
     if inside := next((path for path in inputs if path.is_dir() and path.resolve() in (out, *out.parents)
@@ -163,18 +174,22 @@ def prepared(config: StreamConfig) -> Plan:
     return plan(config)
 
 
-def _remove(made: Plan, stage: int, tasks: int, screen: Screen) -> None:
-    """The stages of all runs from one on, whose results are made again."""
+def _again(made: Plan, stage: int, tasks: int) -> list[str]:
+    """Folders that are there of the stages of all runs from one on, the last ones first."""
     if not 1 <= stage <= tasks:
         raise InputError(f"--stage {stage}: there are stages 1 to {tasks}")
     again = {name for run in made.runs if run.kind == "run" for name in run.stages[stage - 1 :]}
-    there = [name for name in reversed(made.stages) if name in again and made.folder(name).is_dir()]
-    for name in there:  # the last ones first, and what says that they are done before all else: a kill leaves no half
+    return [name for name in reversed(made.stages) if name in again and made.folder(name).is_dir()]
+
+
+def _remove(made: Plan, again: Collection[str]) -> None:
+    """What they have made, and first what says that they are done: a kill leaves no half."""
+    for name in again:
         for step in reversed(made.stages[name].ordered):
             (made.folder(name) / step.leaves).unlink(missing_ok=True) if step.kind != "train" else None
-    for name in there:
+    for name in again:
         shutil.rmtree(made.folder(name))
-    screen.note(f"{len(there)} stages from the {stage}. on are removed and made again")
+        write_files(made, made.stages[name])
 
 
 def _scores(made: Plan, stage: Stage) -> str:
