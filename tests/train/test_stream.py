@@ -175,6 +175,11 @@ def test_the_page_in_a_browser(place, done, width, dark):
             assert mine[1:5] == ["–" if v is None else f"{v:.{digits}f}" for v, digits in shown]
 
 
+def test_what_is_read_ahead_is_what_the_builds_take(place, done):
+    assert "reading sentiment_analysis.jsonl, split train" in done.stderr
+    assert len([*(place / "out/cache/read").glob("*/summary.json")]) == 2 * 2, "each task's two splits, read once"
+
+
 def test_what_is_done_is_not_done_again(place, done):
     before = {f: f.stat().st_mtime_ns for f in (place / "out/stages").rglob("model.safetensors")}
     was = digest(place / "out")

@@ -8,14 +8,17 @@ import pytest
 import yaml
 from test_run import STARTER
 
-from curate.build import build
+from curate.build import Build, build
+from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.manifest import ManifestError
+from curate.screen import Silent as Quiet
 from curate.settings import checked
 from train.stream.config import StreamConfig
 from train.stream.page import _against
 from train.stream.plan import plan
-from train.stream.run import prepared
+from train.stream.run import Silent, _read_ahead, prepared
+from train.stream.stage import write_files
 
 TASKS = ("a", "b", "c")
 
@@ -145,6 +148,26 @@ def test_what_is_read_beside_the_sources_decides_too(base, tmp_path):
         assert runs(planned(base, **changes))[0].stages == was
         (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
         assert not set(runs(planned(base, **changes))[0].stages) & set(was), file
+
+
+def test_what_is_read_ahead_is_what_the_builds_of_stages_find(base, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "b.jsonl").rename(tmp_path / "folder/b.jsonl")
+    tasks = [base["tasks"][0], {**base["tasks"][1], "path": "folder/"}, base["tasks"][2]]
+    config = checked(StreamConfig, {**base, "tasks": tasks})
+    made = prepared(config)
+    for stage in made.stages.values():
+        write_files(made, stage)
+    _read_ahead(made, made.stages, config, Silent())
+    there = {f.parent.name for f in made.out.glob("cache/read/*/summary.json")}
+    assert len(there) == 2 * 3, "two splits of three tasks"
+    keys = set()
+    for name in made.stages:
+        if (made.folder(name) / "build.yaml").is_file():
+            monkeypatch.chdir(made.folder(name))
+            here = Build(BuildConfig.load("build.yaml"), Quiet())
+            keys |= {here.read_key(task, here.sources()[i]) for task, i in here.stream}
+    assert keys == there
 
 
 def test_a_stream_does_not_write_into_what_it_is_scored_on(base, tmp_path):

@@ -28,7 +28,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line."""
-        self.console.print(Text.assemble(("! ", "yellow"), text))
+        self.console.print(Text.assemble(("· ", "dim"), text))
 
     def begin(self, stages: int, done: int, workers: int) -> None:
         """What there is to do."""
