@@ -7,16 +7,14 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import polars as pl
 
 from curate.build import Build
 from curate.config import BuildConfig
 from curate.errors import InputError
-from curate.ingest import Task, TaskRows
 from curate.models.weights import model_folder
-from curate.readers import SourceId
 from curate.report.parts import plural
 from curate.screen import Silent as Quiet
 from train.folder import LOCK, alone, refuse_foreign
@@ -113,7 +111,7 @@ def _read_ahead(made: Plan, left: Collection[str], config: StreamConfig, screen:
 
     The builds of the stages find what is read here in their cache.
     """
-    shown, rows = {task.name: task.path for task in config.tasks}, dict[str, TaskRows]()
+    shown, rows = {task.name: task.path for task in config.tasks}, dict[str, Any]()
     for stage in made.stages.values():
         if stage.folder not in left or "build" not in stage.steps:
             continue
@@ -121,27 +119,22 @@ def _read_ahead(made: Plan, left: Collection[str], config: StreamConfig, screen:
         reader = Build(BuildConfig.parse({**stage.steps["build"].settings, **here}, stage.title), Quiet())
         tasks = []
         for task, _ in reader.stream:
-            path, source = shown[task.name], _seen_from_stage(made.identities[task.name], shown[task.name], task)
+            path, there, source = shown[task.name], task.config.path, made.identities[task.name]
+            if there != path:  # neither a URL nor of the hub: rows are kept under the path in the stage's file
+                files = {there.rstrip("/") + f.removeprefix(path.rstrip("/")): h for f, h in source.files.items()}
+                source = replace(source, files=files)
             try:
                 if (key := reader.read_key(task, source)) not in rows:
                     if not reader.store.has("read", key):
                         screen.note(f"reading {path}" + (f", split {task.config.split}" if task.config.split else ""))
                     rows[key] = reader.read_task(task, source, lambda n: None)
             except InputError as error:
-                raise InputError(f"{stage.title}: {str(error).replace(task.config.path, path)}") from None
+                raise InputError(f"{stage.title}: {str(error).replace(there, path)}") from None
             tasks.append(rows[key])
         try:
             reader.budget(tasks)
         except InputError as error:
             raise InputError(f"{stage.title}: {error}") from None
-
-
-def _seen_from_stage(source: SourceId, shown: str, task: Task) -> SourceId:
-    """A source under the path that a stage's file has for it: its rows are kept under that."""
-    if task.config.path == shown:  # a URL, or a data set of the hub
-        return source
-    here, there = shown.rstrip("/"), task.config.path.rstrip("/")
-    return replace(source, files={there + name.removeprefix(here): digest for name, digest in source.files.items()})
 
 
 def _publish(made: Plan, config: StreamConfig) -> pl.DataFrame:
