@@ -8,6 +8,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +150,56 @@ def _importable(base: Path) -> Iterator[None]:
 
     Otherwise a second build, or one after the function was edited, would silently get the module of the first.
     """
-    folder, path, modules = base.resolve(), list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(folder))
+    own, path, modules = _OwnModules(base.resolve()), list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(own.folder))
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), own)
     importlib.invalidate_caches()
     try:
         yield
     finally:
+        sys.meta_path.remove(own)
         sys.path[:] = path
         for name in set(sys.modules) - modules:
-            place = folder.joinpath(*name.split("."))  # not simply what lies below: that may be a whole environment
-            if getattr(sys.modules[name], "__file__", None) in (f"{place}.py", f"{place / '__init__.py'}"):
+            if own.holds(name, sys.modules[name]):
                 del sys.modules[name]
+
+
+class _OwnModules:
+    """Finds a folder's own modules; they are compiled from what their files say now.
+
+    Bytecode that Python keeps counts as up to date where the file has the same size and the same second: an edit
+    from 0.5 to 0.6 would run as 0.5, under the fingerprint of 0.6.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self, name: str) -> tuple[Path, Path]:
+        """Where the module may lie: not simply below the folder, that may be a whole environment."""
+        place = self.folder.joinpath(*name.split("."))
+        return place / "__init__.py", place.with_name(f"{place.name}.py")
+
+    def holds(self, name: str, module: Any) -> bool:
+        """Whether a module was found here; of a package without a file, whether a part of it was."""
+        package, _ = files = self.files(name)
+        if (file := getattr(module, "__file__", None)) is not None:
+            return Path(file) in files
+        return str(package.parent) in getattr(module, "__path__", ())
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        """The module's spec; None, and the other finders go on, where the folder has no such file."""
+        package, module = self.files(name)
+        if path is not None and str(module.parent) not in path:  # of a package that lies elsewhere
+            return None
+        for file in (package, module):
+            if file.is_file():
+                return spec_from_file_location(name, file, loader=_FromSource(name, str(file)))
+        return None
+
+
+class _FromSource(SourceFileLoader):
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def finite(value: float) -> float:

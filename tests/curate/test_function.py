@@ -1,6 +1,7 @@
 """The user's own functions as rewards."""
 
 import math
+import os
 import sys
 
 import numpy as np
@@ -109,12 +110,45 @@ def test_a_function_is_that_of_its_own_folder_and_time(tmp_path, monkeypatch):
     one, two = (open_reward(config, tmp_path / name, None) for name in ("one", "two"))
     assert (judge(one, ["a"], [[]]), judge(two, ["a"], [[]])) == ([3], [4])
     assert one.fingerprint == two.fingerprint
-    assert "helper" not in sys.modules
+    assert not {"helper", "rewards", "rewards.best"} & set(sys.modules)
     assert "elsewhere" in sys.modules  # an environment inside the folder is none of the folder's modules
     (tmp_path / "one" / "rewards" / "best.py").write_text("def score(p, c, r):\n    return [5] * len(c)\n")
     edited = open_reward(config, tmp_path / "one", None)
     assert judge(edited, ["a"], [[]]) == [5]
     assert edited.fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("file", ["my_reward.py", "helper.py", "mine/helper.py", "mine/__init__.py"])
+def test_an_edit_within_a_second_counts(tmp_path, monkeypatch, file):
+    """Python's bytecode is up to date where size and second are the same; a function is what its file says."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "mine").mkdir()
+    texts = {"my_reward.py": "import helper, mine, mine.helper\nVALUE = 1\n"
+             "def score(p, c, r):\n    return [VALUE, helper.VALUE, mine.VALUE, mine.helper.VALUE]\n",
+             **dict.fromkeys(("helper.py", "mine/helper.py", "mine/__init__.py"), "VALUE = 1\n")}  # fmt: skip
+    found = []
+    for value in (1, 2):
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text.replace("VALUE = 1", f"VALUE = {value}") if name == file else text)
+            os.utime(tmp_path / name, (1_000_000_000, 1_000_000_000))
+        reward = open_reward(RewardConfig(kind="python", function="my_reward:score"), tmp_path, None)
+        found.append(judge(reward, list("abcd"), [[]] * 4))
+    assert [sum(numbers) for numbers in found] == [4, 5], found  # four ones; one of them became 2
+    assert not list(tmp_path.rglob("*.pyc"))  # nothing is written beside the user's files
+
+
+def test_a_module_of_a_package_elsewhere_is_not_the_folders(tmp_path, monkeypatch):
+    (tmp_path / "lib" / "shared").mkdir(parents=True)
+    (tmp_path / "lib/shared/__init__.py").touch()
+    (tmp_path / "lib/shared/part.py").write_text("VALUE = 7\n")
+    (tmp_path / "own" / "shared").mkdir(parents=True)
+    (tmp_path / "own/shared/part.py").write_text("VALUE = 8\n")  # no package: lib's is one
+    (tmp_path / "own/rewards.py").write_text(
+        "from shared.part import VALUE\ndef score(p, c, r):\n    return [VALUE] * len(c)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    reward = open_reward(RewardConfig(kind="python", function="rewards:score"), tmp_path / "own", None)
+    assert judge(reward, ["a"], [[]]) == [7]
 
 
 def test_a_function_that_leaves_does_not_end_the_build(tmp_path):
