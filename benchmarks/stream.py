@@ -1,11 +1,13 @@
 """Does measured replay beat guessed replay? Six tasks in a row, every selector, several seeds, through `train stream`.
 
-    python benchmarks/stream.py SUPERNI_FOLDER [--parts main,selectors,budgets,orders,methods] [--out FOLDER]
+    python benchmarks/stream.py SUPERNI_FOLDER [--parts main,selectors,budgets,orders,categories,methods] [--out FOLDER]
 
 SUPERNI_FOLDER holds <category>.jsonl.gz; `examples/stream/select_rows.py` takes short rows with few different answers
-of six categories (110 for training and 40 held out, of each). Starter model, all parameters, 2 passes, batches of 8,
-peak rate 2e-3, linear decay, bfloat16 autocast; Rouge-L of greedy answers. At this rate a model without replay keeps
-next to nothing, so selectors can differ. Stages that parts share are trained once; a run that was killed goes on.
+of six categories (110 for training and 40 held out, of each). `categories` is the paper's whole stream: sixteen in its
+curriculum order, rows of up to 200 tokens with open answers of up to 24, budget 50 %. Starter model, all parameters,
+2 passes, batches of 8, peak rate 2e-3, linear decay, bfloat16 autocast; Rouge-L of greedy answers. At this rate a model
+without replay keeps next to nothing, so selectors can differ. Stages that parts share are trained once; a run that was
+killed goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 from rich.console import Console
@@ -24,7 +26,24 @@ from train.stream.results import difference, ends, spread, written
 from train.stream.screen import Terminal
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("misc", "text_quality_evaluation", "sentiment_analysis", "comprehension", "detection", "classification")
+
+
+class Rows(NamedTuple):
+    """What a stream is of: its categories, what a row may be (`select_rows.Limits`), and the budget as a share."""
+
+    tasks: list[str]
+    longest: int
+    answer: int
+    labels: float
+    ratio: float
+
+
+SIX = Rows(["misc", "text_quality_evaluation", "sentiment_analysis", "comprehension", "detection", "classification"],
+           120, 6, 26, 0.05)  # fmt: skip
+SIXTEEN = Rows(
+    ["classification", "text_quality_evaluation", "code", "detection", "sentiment_analysis", "comprehension",
+     "closed_qa", "extraction", "dialogue", "program_execution", "rewriting", "open_qa", "misc", "generation",
+     "summarization", "mathematics"], 200, 24, float("inf"), 0.5)  # fmt: skip
 ON_POLICY = {
     "replay.selector": "uniform", "replay.completions": "policy", "replay.min_reward": 0.5,
     "build.rollouts": {"k": 8, "max_new_tokens": 6, "origins": ["replay"], "reward": "exact"},
@@ -47,6 +66,8 @@ PARTS: dict[str, dict[str, Any]] = {
                 "grid": {"replay.ratio": [0.01, 0.1, 0.5]}},
     "orders": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
                "grid": {"order": ["reverse", "random"]}},
+    "categories": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
+                   "name": "sixteen tasks in a row"},
     "methods": {"arms": {
         **both("CFT", {}), **both("CFT + KL 0.1", {"train.kl.weight": 0.1}),
         **both("CFT + EWC 100", {"train.ewc.weight": 100}), **both("LoRA", LORA),
@@ -55,17 +76,17 @@ PARTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config(part: str, seeds: list[int], data: Path, out: Path, workers: int | None, tasks: list[str]) -> StreamConfig:
+def config(part: str, rows: Rows, seeds: list[int], data: Path, out: Path, workers: int | None) -> StreamConfig:
     """The stream of a part."""
     given = {
         "name": "six tasks in a row", "model": str(ROOT / "examples/starter"), "seeds": seeds,
         "tasks": [{"name": t, "path": str(data / f"{t}.jsonl.gz"), "format": "superni", "split": "train"}
-                  for t in tasks],
-        "replay": {"selector": "random", "ratio": 0.05},
+                  for t in rows.tasks],
+        "replay": {"selector": "random", "ratio": rows.ratio},
         "train": {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8, "bf16": True,
                   "lr_scheduler_type": "linear", "save_strategy": "no"},
         "fisher": {"samples": 60},
-        "evaluation": {"split": "test", "metric": "rouge_l", "max_new_tokens": 6, "batch_size": 64},
+        "evaluation": {"split": "test", "metric": "rouge_l", "max_new_tokens": rows.answer, "batch_size": 64},
         "out": str(out), "workers": workers, **PARTS[part],
     }  # fmt: skip
     return checked(StreamConfig, given)
@@ -160,24 +181,28 @@ def _difference(table: pl.DataFrame, name: str, other: str) -> str:
 def main() -> None:
     """The command line."""
     sys.path.insert(0, str(ROOT / "examples/stream"))
-    from select_rows import write  # type: ignore[import-not-found]
+    from select_rows import Limits, write  # type: ignore[import-not-found]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--seeds", type=int, help="of a part; by default 5 of main, 3 of the others")
-    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--tasks", help="other categories than the part's, comma-separated")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/stream-proof"))
     args = parser.parse_args()
-    tasks = args.tasks.split(",")
-    data = args.out.parent / f"{args.out.name}-rows"
-    write(args.folder, data, tasks, 120, {"train": 110, "test": 40}, False)
     for part in args.parts.split(","):
+        rows = SIXTEEN if part == "categories" else SIX
+        if args.tasks:
+            rows = rows._replace(tasks=args.tasks.split(","))
+        data = args.out.parent / f"{args.out.name}-rows-{len(rows.tasks)}"
+        limits = Limits(rows.longest, rows.answer, rows.labels)
+        write(args.folder, data, rows.tasks, limits, {"train": 110, "test": 40}, False)
         seeds = list(range(args.seeds or (5 if part == "main" else 3)))
-        table = stream(config(part, seeds, data, args.out, args.workers, tasks), screen=Terminal(Console(stderr=True)))
+        given = config(part, rows, seeds, data, args.out, args.workers)
+        table = stream(given, screen=Terminal(Console(stderr=True)))
         show(part, table, seeds, args.out / "stages")
-        if part in ("main", "selectors", "budgets"):
+        if part in ("main", "selectors", "budgets", "categories"):
             dose(table, args.out / "stages")
 
 

@@ -3,9 +3,10 @@
     python examples/stream/select_rows.py SUPERNI_FOLDER OUT_FOLDER sentiment_analysis comprehension … [--permissive]
 
 SUPERNI_FOLDER holds <category>.jsonl.gz. Of each category named, a row stays where it and its answer have at most
---longest tokens of the starter model, its first answer at most 6, and its definition at most 26 different first
-answers, not all of them yes and no (but in `classification`). Definitions with fewer than 20 such rows for training are
-left out; of the others at most 22 rows are trained on and 10 held out, and at most --rows and --items of a category.
+--longest tokens of the starter model (120), its first answer at most --answer (6), and its definition at most --labels
+different first answers (26), not all of them yes and no (but in `classification`). Definitions with fewer than 20 such
+rows for training are left out; of the others at most 22 rows are trained on and 10 held out, and at most --rows and
+--items of a category.
 --permissive applies the rule for licence and content of examples/superni/select_rows.py. The same input gives the same
 bytes.
 """
@@ -19,10 +20,10 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-ANSWER, LABELS, LEAST, PER_DEFINITION = 6, 26, 20, {"train": 22, "test": 10}
+LEAST, PER_DEFINITION = 20, {"train": 22, "test": 10}
 FIELDS = ("id", "task", "category", "superni_category", "source", "definition", "domains", "instance_license", "split",
           "input", "outputs")  # fmt: skip
 NOT_SHIPPED = {  # read and left out with --permissive, beside what the content filter finds
@@ -30,6 +31,14 @@ NOT_SHIPPED = {  # read and left out with --permissive, beside what the content 
     "task493-e547d347": "about murderers",
 }  # fmt: skip
 Row = dict[str, Any]
+
+
+class Limits(NamedTuple):
+    """What a row may be: tokens of the whole and of its first answer, different first answers of its definition."""
+
+    longest: int = 120
+    answer: int = 6
+    labels: float = 26
 
 
 def length(row: Row, tokenizer: Any) -> tuple[int, int]:
@@ -40,7 +49,7 @@ def length(row: Row, tokenizer: Any) -> tuple[int, int]:
     return len(tokenizer(text).input_ids) + answer + 2, answer
 
 
-def select(file: Path, tokenizer: Any, longest: int, most: dict[str, int], permissive: bool) -> list[Row]:
+def select(file: Path, tokenizer: Any, limits: Limits, most: dict[str, int], permissive: bool) -> list[Row]:
     """The rows of a category, those for training first."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -54,10 +63,10 @@ def select(file: Path, tokenizer: Any, longest: int, most: dict[str, int], permi
     kept: dict[str, dict[str, list[Row]]] = defaultdict(lambda: {"train": [], "test": []})
     for row in rows:
         labels = answers[row["definition"]]
-        if len(labels) > LABELS or labels <= vague:
+        if len(labels) > limits.labels or labels <= vague:
             continue
         whole, answer = length(row, tokenizer)
-        if whole <= longest and answer <= ANSWER:
+        if whole <= limits.longest and answer <= limits.answer:
             kept[row["definition"]][row["split"]].append(row)
     found: dict[str, list[Row]] = {"train": [], "test": []}
     for definition in sorted(d for d, sides in kept.items() if len(sides["train"]) >= LEAST):
@@ -79,14 +88,16 @@ def _rule() -> Any:
     return module
 
 
-def write(folder: Path, out: Path, categories: list[str], longest: int, most: dict[str, int], permissive: bool) -> None:
+def write(
+    folder: Path, out: Path, categories: list[str], limits: Limits, most: dict[str, int], permissive: bool
+) -> None:
     """<category>.jsonl.gz of each category, and a line about it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/starter")
     out.mkdir(parents=True, exist_ok=True)
     for category in categories:
-        rows = select(folder / f"{category}.jsonl.gz", tokenizer, longest, most, permissive)
+        rows = select(folder / f"{category}.jsonl.gz", tokenizer, limits, most, permissive)
         kept = [{name: row[name] for name in FIELDS} for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         (out / f"{category}.jsonl.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
@@ -103,12 +114,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("categories", nargs="+")
     parser.add_argument("--longest", type=int, default=120)
+    parser.add_argument("--answer", type=int, default=6)
+    parser.add_argument("--labels", type=float, default=26, help="inf: any answers")
     parser.add_argument("--rows", type=int, default=110)
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--permissive", action="store_true")
     args = parser.parse_args()
     most = {"train": args.rows, "test": args.items}
-    write(args.folder, args.out, args.categories, args.longest, most, args.permissive)
+    limits = Limits(args.longest, args.answer, args.labels)
+    write(args.folder, args.out, args.categories, limits, most, args.permissive)
 
 
 if __name__ == "__main__":
