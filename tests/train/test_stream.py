@@ -31,6 +31,7 @@ from train.cli import main
 from train.data import Examples
 from train.evaluate import read_matrix
 from train.stream.config import StreamConfig
+from train.stream.pool import queue
 from train.stream.results import difference, spread
 from train.stream.run import prepared
 from train.stream.stage import carry_out, write_files
@@ -275,6 +276,7 @@ def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_p
     failed = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
     assert failed.returncode == 1
     assert f"stages/{broken}: out train: a file, not a folder" in failed.stderr
+    assert re.search("^error: stage 2: misc, of run '(none|random)': ", failed.stderr, re.M)
     table = pl.read_parquet(out / "results.parquet")
     ended_ = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
     assert ended_.height == 1, "the run that is through is in the table, the other as far as it came"
@@ -345,6 +347,35 @@ def test_a_fault_in_the_last_task_is_found_before_the_first_is_trained(place, tm
     made = called(main, "stream", "--config", "config.yaml", "out=out", *words, cwd=tmp_path / "p")
     assert made.returncode == 1 and re.search(says, made.stderr), made.stderr
     assert not [*(tmp_path / "p/out").glob("stages/*/*/")], "nothing was built, trained or scored"
+
+
+def test_every_arm_begins_before_one_goes_on(place, tmp_path):
+    """Two arms, two seeds, three tasks: of the first seed stage 1 of both, tasks alone, stage 2 of both; then the rest.
+
+    The first task alone is stage 1 of the arm whose settings are the stream's own.
+    """
+    arms = {"none": {"replay.selector": "none"}, "slow": {"train.learning_rate": 1e-4}}
+    given = yaml.safe_load((place / "config.yaml").read_text())
+    given |= {"base": str(place), "out": str(tmp_path / "o"), "seeds": [3, 4], "arms": arms}
+    given["tasks"] = [{**given["tasks"][0], "name": n, "path": f"{n}.jsonl"} for n in TASKS]
+    made = prepared(checked(StreamConfig, given))
+    none, none_4, slow, _ = [run.stages for run in made.runs if run.kind == "run"]
+    alone = [run.stages[0] for run in made.runs if run.kind == "single" and run.seed == 3]
+    assert alone[0] == none[0]
+    found = [stage.folder for stage in queue(made, set(made.stages))]
+    assert found[:6] == [none[0], slow[0], *alone[1:], none[1], slow[1]]
+    rest = [folder for folder in made.stages if folder not in found[:6]]
+    assert found[6:] == rest and rest.index(none[2]) < rest.index(none_4[0]) < rest.index(slow[2])
+    assert [stage.folder for stage in queue(made, {slow[2], slow[1]})] == [slow[1], slow[2]]
+
+
+def test_rows_that_an_arm_cannot_take_are_seen_before_another_arm_goes_on(place, tmp_path):
+    arms = "arms={none: {replay.selector: none}, pairs: {method: dpo, train: {max_steps: 2}}}"
+    made = called(main, "stream", "--config", "config.yaml", f"out={tmp_path / 'out'}", arms, "seeds=[0, 1]", cwd=place)
+    said = r"^error: stage 1: sentiment_analysis, of run 'pairs': .*/stages/1-.*: no prompt has two ranked answers"
+    assert made.returncode == 1 and re.search(said, made.stderr, re.M), made.stderr
+    trained = [f.parent.parent.name for f in tmp_path.glob("out/stages/*/train/model")]
+    assert [name[:2] for name in trained] == ["1-"], "the first stage of the first arm alone"
 
 
 def test_bits_do_not_depend_on_what_is_left_to_do(place, done, tmp_path):

@@ -45,6 +45,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def queue(plan: Plan, stages: Collection[str]) -> list[Stage]:
+    """Stages in the order in which they are begun.
+
+    Of the first seed the first stage of each run, each task alone, and the second stage of each run, which is the first
+    that replays; then run after run. So what an arm cannot do (rows that its method does not take, a batch that memory
+    does not hold) and what is wrong with a task (a row of too many tokens) is seen before the hours of the others.
+    """
+    rank: dict[str, int] = {}
+    for run in plan.runs:
+        if run.seed == plan.runs[0].seed and run.kind != "joint":
+            for n, folder in enumerate(run.stages[:2]):
+                rank[folder] = min(rank.get(folder, 3), 1 if run.kind == "single" else 2 * n)
+    left = (stage for stage in plan.stages.values() if stage.folder in stages)
+    return sorted(left, key=lambda stage: rank.get(stage.folder, 3))
+
+
+def named(plan: Plan, stage: Stage) -> str:
+    """A stage, and the runs that it is of."""
+    runs = list(dict.fromkeys(repr(run.name) for run in plan.runs if stage.folder in run.stages and run.kind == "run"))
+    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    some = f"runs {', '.join(runs[:3])}{more}" if len(runs) > 1 else f"run {''.join(runs)}"
+    return f"{stage.title}, of {some}" if runs else stage.title
+
+
 def in_order(
     plan: Plan, stages: Collection[str], workers: int, threads: int, modules: Path, begin: Callable[[Stage], None]
 ) -> Iterator[tuple[Stage, float]]:
@@ -61,7 +85,7 @@ def in_order(
     Raises:
         InputError: a stage cannot be done. Those that run at that moment are finished first.
     """
-    waiting = [s for s in plan.stages.values() if s.folder in stages]
+    waiting = queue(plan, stages)
     left = set(stages)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _prepare, (os.getpid(), threads, str(modules.absolute()))) as pool:
@@ -89,7 +113,10 @@ def in_order(
                             "memory",
                             remedy="workers=1, or a smaller batch; the same command goes on",
                         )
+                    except InputError as raised:
+                        error = error or InputError(f"{named(plan, stage)}: {raised}")
                     except Exception as raised:
+                        raised.add_note(f"in {named(plan, stage)}: {plan.folder(stage.folder)}")
                         error = error or raised
                     else:
                         left.discard(stage.folder)
