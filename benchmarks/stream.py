@@ -131,7 +131,7 @@ def dose(table: pl.DataFrame, stages: Path) -> None:
         some = every.filter(pl.col("rows").is_between(low, high))
         if some.height:
             scores = some["score"].to_list()
-            n = some.filter(run="inscl").height
+            n = some.filter(pl.col("run").str.starts_with("inscl")).height
             error = spread(scores)[1] / len(scores) ** 0.5
             shown = f"{low}" if low == high else f"{low} to {high}" if high < 99 else f"{low} and more"
             print(f"| {shown} | {some.height} | {spread(scores)[0]:.3f} ± {error:.3f} | {n} |")

@@ -297,6 +297,18 @@ def test_selectors_that_ask_the_model_ask_the_checkpoint(base):
     assert step(made, third, "build")["reference"]["model"] == f"../{first}/train/model", "before the newest stage"
 
 
+def test_tags_by_the_model_itself_ask_the_checkpoint(base):
+    """In the first stage, where nothing is replayed, and without replay too: its section is one of a build's."""
+    made = planned(base, build={"tags": {"tagger": "llm"}}, arms={"inscl": {"replay.selector": "inscl"},
+                                                                  "none": {"replay.selector": "none"}})  # fmt: skip
+    for run in runs(made):
+        asked = [step(made, folder, "build")["policy"]["model"] for folder in run.stages]
+        assert asked[0].endswith("examples/starter")
+        assert asked[1:] == [f"../{folder}/train/model" for folder in run.stages[:-1]]
+    other = planned(base, build={"tags": {"tagger": "llm", "model": {"model": str(STARTER)}}})
+    assert not any("policy" in step(other, folder, "build") for folder in runs(other)[0].stages)
+
+
 def test_a_mixture_counts_where_something_comes_back(base):
     mixture = {"current": 0.5, "replay": 0.5}
     made = planned(base, train={"max_steps": 1, "mixture": mixture},

@@ -5,70 +5,28 @@ that it goes on from, and the bytes of all that these read (sources, the first m
 changed setting is another stage, and an unchanged one is found done, wherever the folder lies. Scores and Fisher
 information of a stage are folders in it, named after their own settings. Not in the hash, but in each stage's
 `train/run.json`: versions of packages, and the device.
-
-All paths in a stage's files are relative to its folder.
 """
 
 from __future__ import annotations
 
-import copy
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from curate.config import BuildConfig, TaskConfig
 from curate.errors import InputError
 from curate.manifest import read
-from curate.manifest.io import sha256_file
 from curate.manifest.schema import content_hash
-from curate.models.function import open_function
-from curate.models.weights import model_folder, stack, weights_hash
 from curate.readers import SourceId, identify
-from curate.settings import FUNCTION, checked
-from train.evaluate import EvalConfig
-from train.facts import HOUSEKEEPING
-from train.fisher import FisherConfig
-from train.run import CONFIGS
-from train.settings import parse
 from train.stream.config import Recipe, StreamConfig
+from train.stream.steps import Step, Steps, check
 
-STAGES, CACHE = "stages", "cache"
+STAGES = "stages"
 EVERYTHING = {"selector": "random", "per_task": 10**9}  # all rows that the older tasks have
-PATHS = ("model", "path", "reference", "overrides", "tokenizer", "head", "eval_data", "fsdp_config", "deepspeed")
-"""Keys of a build and of training that may hold a path."""
-WORDS = ("manifest", "measure")  # what `reference` may be instead
-ASKS_POLICY = ("highest_loss", "perplexity_ratio")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of a stage, and the settings that its file holds."""
-
-    command: str  # build, a method of training, fisher, eval
-    settings: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """build, train, fisher or eval."""
-        return self.command if self.command in ("build", "fisher", "eval") else "train"
-
-    @property
-    def by_hand(self) -> str:
-        """The command line that does it, in the stage's folder."""
-        program = "curate build" if self.command == "build" else f"train {self.command} --config"
-        return f"{program} {self.kind}.yaml"
-
-    @property
-    def leaves(self) -> str:
-        """What is in the stage's folder when it is done."""
-        last = {"build": "provenance.json", "train": "model", "fisher": "fisher.json", "eval": "metrics.json"}
-        return f"{self.settings['out']}/{last[self.kind]}"
 
 
 @dataclass
@@ -165,25 +123,11 @@ def plan(config: StreamConfig) -> Plan:
 
 class _Planner:
     def __init__(self, config: StreamConfig) -> None:
-        self.config, self.base = config, Path(config.base)
-        self.made = Plan(Path(config.out))
+        self.config, self.made = config, Plan(Path(config.out))
         self.names = tuple(task.name for task in config.tasks)
-        self.tasks = {task.name: task for task in config.tasks}
+        self.made.identities = {task.name: identify(task, Path(config.base)) for task in config.tasks}
         self.here = (self.made.out / STAGES / "x").absolute()  # as deep as every stage
-        self.inputs: dict[str, str] = {}  # text in a stage's settings → hash of what it names
-        folder, _ = model_folder(str(config.path(config.model)), self.base, "model")
-        for below in stack(folder.absolute(), "model")[:-1]:
-            if not below.is_absolute():
-                raise InputError(
-                    f"model {config.model!r}: an adapter whose base {str(below)!r} is found from the working "
-                    "directory alone",
-                    remedy="merge it, or give its adapter_config.json the base's whole path as base_model_name_or_path",
-                )
-        self.weights = weights_hash(folder)
-        self.model = self._path(config.model, self.weights)
-        for task in config.tasks:
-            self.made.identities[task.name] = identify(task, self.base)
-            self._path(task.path, self.made.sources[task.name])
+        self.steps = Steps(config, self.here, self.made.sources)
 
     def plan(self) -> Plan:
         config, own, recipes = self.config, self.config.recipe(self.config.name, "", {}), self.config.recipes()
@@ -222,8 +166,10 @@ class _Planner:
 
     def _add(self, kind: str, tasks: tuple[str, ...], steps: Sequence[Step], needs: Sequence[Stage | None]) -> Stage:
         """A stage by what decides it, whose settings are sound."""
-        decide = [[step.command, self._decides(step.settings)] for step in steps if step.kind in ("build", "train")]
-        key = content_hash([kind, decide, self.weights])
+        decide = [
+            [step.command, self.steps.decides(step.settings)] for step in steps if step.kind in ("build", "train")
+        ]
+        key = content_hash([kind, decide, self.steps.weights])
         named = {"held_out": "held-out", "start": "0-start", "joint": "joint"}
         name = named[kind] if kind in named else f"{len(tasks)}-{tasks[-1]}"
         folder = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{key[:10]}"
@@ -234,15 +180,6 @@ class _Planner:
             self.made.stages[folder] = Stage(folder, kind, tasks, {s.kind: s for s in steps}, before, key)
         return self.made.stages[folder]
 
-    def _decides(self, value: Any, key: str = "") -> Any:
-        """Settings as they decide a result: contents instead of places, and nothing that changes none."""
-        if isinstance(value, Mapping):
-            idle = (*HOUSEKEEPING, "name", "out", "cache", "engine") if not key else ()
-            return {name: self._decides(each, name) for name, each in value.items() if name not in idle}
-        if isinstance(value, list | tuple):
-            return [self._decides(each, key) for each in value]
-        return self.inputs.get(value, value) if isinstance(value, str) else value
-
     def _held_out(self) -> Stage | None:
         """The rows that all stages are scored on; None where a manifest has them already."""
         given = self.config.evaluation.data
@@ -252,139 +189,53 @@ class _Planner:
                 raise InputError(f"evaluation.data {given}: no row of task {missing!r}",
                                  remedy="build it from held-out rows of every task, under the same names")  # fmt: skip
             return None
-        tasks = [{**self._task(name), "split": self.config.evaluation.split} for name in self.names]
-        return self._add("held_out", self.names, [self._build(tasks, EVERYTHING, {}, 0)], [])
+        build = self.steps.build(self.names, EVERYTHING, {}, 0, self.config.evaluation.split)
+        return self._add("held_out", self.names, [build], [])
 
     def _start(self, held_out: Stage | None) -> Stage:
         """The model before training, scored on all tasks."""
-        return self._add("start", (), [self._eval([self.model], self.names, held_out)], [held_out])
+        scores = self._scores(self.steps.model, self.names, held_out)
+        return self._add("start", (), [scores], [held_out])
 
     def _stage(self, recipe: Recipe, tasks: tuple[str, ...], seed: int, start: Stage, before: list[Stage],
                held_out: Stage | None) -> Stage:  # fmt: skip
         """A task behind older ones, which the stages `before` have trained."""
-        how = recipe.how
+        how, folders, first = recipe.how, [stage.folder for stage in before], self.steps.model
         replay = _replay(how.replay, first=not before)
-        ahead = f"../{before[-1].folder}/train/model" if before else self.model
-        older = f"../{before[-2].folder}/train/model" if len(before) > 1 else self.model
-        asked = self._asked(how.build, replay, ahead, older)
-        build = self._build([self._task(name) for name in tasks], replay, asked, draws(seed, len(tasks), replay))
-        train = self._train(how, seed, ahead, before, replay["selector"] != "none")
-        steps = [build, Step(how.method, {**train, "data": ["manifest"]}), self._score(tasks, held_out)]
-        return self._add("stage", tasks, steps, [held_out, start, *before])
+        older, ahead = [first, first, *(f"../{folder}/train/model" for folder in folders)][-2:]
+        sections = self.steps.sections(how.build, replay, ahead, older)
+        build = self.steps.build(tasks, replay, sections, draws(seed, len(tasks), replay))
+        train = self.steps.train(how, ["manifest"], seed, ahead, folders, replay["selector"] != "none")
+        for stage in before if "ewc" in train.settings else ():
+            self._estimate(stage, self.steps.fisher(how, seed))
+        scored = self.names if self.config.evaluation.every_task else tasks
+        scores = self._scores("train/model", scored, held_out)
+        return self._add("stage", tasks, [build, train, scores], [held_out, start, *before])
 
     def _joint(self, recipe: Recipe, alone: list[Stage], seed: int, start: Stage, held_out: Stage | None) -> Stage:
         """All tasks at once: on the manifests of each alone, in which every row is of the newest task.
 
         Reinforcement learning takes one manifest, and old prompts as well as new ones: it gets all of them in one.
         """
-        how, steps = recipe.how, list[Step]()
-        train = self._train(how, seed, self.model, [], False)
+        how, first, data, builds = recipe.how, self.steps.model, ["manifest"], list[Step]()
         if how.method in ("cppo", "grpo"):
-            train["data"] = ["manifest"]
-            asked = self._asked(how.build, EVERYTHING, self.model, self.model)
-            steps.append(self._build([self._task(name) for name in self.names], EVERYTHING, asked, seed))
+            sections = self.steps.sections(how.build, EVERYTHING, first, first)
+            builds.append(self.steps.build(self.names, EVERYTHING, sections, seed))
         else:
-            train["data"] = [f"../{stage.folder}/manifest" for stage in alone]
-        with suppress(TypeError, ValueError):  # what is no number is refused with the other settings
-            if (most := int(train.get("max_steps", -1))) > 0:
-                train["max_steps"] = most * len(alone)  # as many as a run has in all
-        steps += [Step(how.method, train), self._score(self.names, held_out)]
-        return self._add("joint", self.names, steps, [held_out, start, *alone])
+            data = [f"../{stage.folder}/manifest" for stage in alone]
+        train = self.steps.train(how, data, seed, first, times=len(alone))  # as many steps as a run has in all
+        scores = self._scores("train/model", self.names, held_out)
+        return self._add("joint", self.names, [*builds, train, scores], [held_out, start, *alone])
 
-    def _train(self, how: Any, seed: int, ahead: str, before: list[Stage], replays: bool) -> dict[str, Any]:
-        """Settings of training, with what older stages hand on."""
-        train = copy.deepcopy(self._relative(how.train))
-        buffers = how.method == "copr" and train.get("constraint") != "none" and train.get("keep") != 0
-        if not before or not (buffers if how.method == "copr" else replays):
-            train.pop("mixture", None)  # nothing comes back
-        for key in ("ewc", "o_lora"):
-            if train.get(key) is None or not before:
-                train.pop(key, None)
-        if "ewc" in train:
-            folders = [f"../{stage.folder}/{self._fisher(stage, how, seed)}" for stage in before]
-            train["ewc"] = {**train["ewc"], "fisher": folders}
-        if "o_lora" in train:  # the newest adapter holds the older ones too, beside the first model
-            train["o_lora"] = {**train["o_lora"], "previous": [f"../{before[-1].folder}/train/model"]}
-            ahead = self.model
-        if before and buffers:
-            train["buffers"] = [f"../{stage.folder}/train/buffer" for stage in before]
-        advantages = train.get("advantages", {"cppo": "gae", "grpo": "group"}.get(how.method))
-        if before and advantages == "gae":
-            value = {**(train.get("value") or {}), "head": f"../{before[-1].folder}/train/value.safetensors"}
-            if value.get("model"):
-                value["model"] = f"../{before[-1].folder}/train/value"
-            train["value"] = value
-        return {**train, "model": ahead, "out": "train", "seed": seed}
+    def _scores(self, model: str, tasks: tuple[str, ...], held_out: Stage | None) -> Step:
+        return self.steps.eval(model, tasks, held_out.folder if held_out else None)
 
-    def _fisher(self, stage: Stage, how: Any, seed: int) -> str:
-        """The folder of a stage's Fisher information, which it is given by this."""
-        given = {**self._relative(how.fisher), "model": "train/model", "data": ["manifest"], "seed": seed}
-        step = Step("fisher", {**given, "out": f"fisher-{content_hash(self._decides(given))[:8]}"})
-        if (other := stage.steps.setdefault("fisher", step)) != step:
-            raise InputError(f"fisher: {stage.title} would be estimated with {other.settings} and {step.settings}",
+    def _estimate(self, stage: Stage, fisher: Step) -> None:
+        """A stage leaves its Fisher information too."""
+        if (other := stage.steps.setdefault("fisher", fisher)) != fisher:
+            raise InputError(f"fisher: {stage.title} would be estimated with {other.settings} and {fisher.settings}",
                              remedy="one kind of Fisher information a stream")  # fmt: skip
-        check(step, self.here)
-        return str(step.settings["out"])
-
-    # --- steps ---
-
-    def _build(self, tasks: list[dict[str, Any]], replay: Mapping[str, Any], more: dict[str, Any], seed: int) -> Step:
-        replay = replay if len(tasks) > 1 else {"selector": "none"}
-        return Step("build", {"name": self.config.name, **more, "tasks": tasks, "replay": dict(replay), "seed": seed,
-                              "out": "manifest", "cache": f"../../{CACHE}"})  # fmt: skip
-
-    def _asked(self, build: Mapping[str, Any], replay: Mapping[str, Any], ahead: str, older: str) -> dict[str, Any]:
-        """Sections of a build, with the checkpoint as policy wherever one is asked or given settings.
-
-        The reference of a perplexity ratio is the checkpoint before the newest stage: what that stage made it lose.
-        """
-        found = copy.deepcopy(self._relative(build))
-        tags = found.get("tags") or {}
-        by_llm = tags.get("tagger") == "llm" and not tags.get("model") and replay["selector"] != "none"
-        asked = by_llm or replay["selector"] in ASKS_POLICY or any(found.get(k) for k in ("rollouts", "augment"))
-        if asked or "policy" in found:
-            found["policy"] = {**(found.get("policy") or {}), "model": ahead}
-        if replay["selector"] == "perplexity_ratio":
-            found.setdefault("reference", {**found["policy"], "model": older})
-        return found
-
-    def _score(self, tasks: Sequence[str], held_out: Stage | None) -> Step:
-        """The scores of a stage's model on its tasks so far, or on all."""
-        how = self.config.evaluation
-        first = [self.model] if how.metric == "ranking_change" else []
-        return self._eval([*first, "train/model"], self.names if how.every_task else tasks, held_out)
-
-    def _eval(self, models: list[str], tasks: Sequence[str], held_out: Stage | None) -> Step:
-        how = self.config.evaluation
-        data = f"../{held_out.folder}/manifest" if held_out else self._path(str(how.data))
-        given = how.model_dump(include={"metric", "max_new_tokens", "reduction", "per_task", "batch_size"})
-        given |= {"models": models, "data": data, "tasks": sorted(tasks)}
-        return Step("eval", {**given, "out": f"eval-{content_hash(self._decides(given))[:8]}"})
-
-    def _task(self, name: str) -> dict[str, Any]:
-        task: TaskConfig = self.tasks[name]
-        return {**task.model_dump(exclude_defaults=True), "path": self._path(task.path)}
-
-    # --- what is read ---
-
-    def _path(self, name: str, digest: str | None = None) -> str:
-        """A path of the stream's file as a stage's file has it; the name of what is no path (a hub id) as it is."""
-        path = self.config.path(name)
-        text = os.path.relpath(path.absolute(), self.here) if path.exists() else name
-        if text not in self.inputs and (digest or path.exists()):
-            self.inputs[text] = digest or _bytes(path)
-        return text
-
-    def _relative(self, value: Any, key: str = "") -> Any:
-        """Settings whose paths are those that a stage's file has, and whose functions can be imported."""
-        if isinstance(value, Mapping):
-            return {name: self._relative(each, name) for name, each in value.items()}
-        if isinstance(value, list):
-            return [self._relative(each, key) for each in value]
-        if isinstance(value, str) and key in ("function", "sync") and re.match(FUNCTION, value):
-            _, file = open_function(value, self.base, f"{key} {value!r}")
-            self.inputs[value] = f"{value}@{sha256_file(file)}"
-        return self._path(value) if isinstance(value, str) and key in PATHS and value not in WORDS else value
+        check(fisher, self.here)
 
 
 @contextmanager
@@ -411,30 +262,3 @@ def draws(seed: int, stage: int, replay: Mapping[str, Any]) -> int:
 def _replay(replay: Mapping[str, Any], first: bool) -> dict[str, Any]:
     """The section of a build. Where nothing comes back its other settings count for nothing: the same stage."""
     return {"selector": "none"} if first or replay.get("selector") == "none" else {"selector": "inscl", **replay}
-
-
-def _bytes(path: Path) -> str:
-    """Hash of what a path names: a file, a manifest, or a model."""
-    if path.is_file():
-        return sha256_file(path)
-    provenance = path / "provenance.json"  # holds the hashes of a manifest's tables
-    return sha256_file(provenance) if provenance.is_file() else weights_hash(path)
-
-
-CHECKS: dict[str, Callable[[dict[str, Any], Path], object]] = {
-    "build": lambda settings, base: BuildConfig.parse({**settings, "base": str(base)}, "build"),
-    "fisher": lambda settings, base: checked(FisherConfig, settings, "fisher"),
-    "eval": lambda settings, base: checked(EvalConfig, settings, "evaluation"),
-}
-
-
-def check(step: Step, base: Path) -> None:
-    """Whether a command will take its settings.
-
-    Raises:
-        InputError: a key that it does not know, or a value that does not fit.
-    """
-    if step.kind != "train":
-        CHECKS[step.kind](step.settings, base)
-    else:
-        parse(CONFIGS[step.command], step.settings, str(base), f"train ({step.command})")

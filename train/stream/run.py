@@ -20,8 +20,9 @@ from curate.screen import Silent as Quiet
 from train.folder import LOCK, alone, refuse_foreign
 from train.stream import page, pool, results
 from train.stream.config import StreamConfig
-from train.stream.plan import CACHE, STAGES, Plan, Stage, plan
+from train.stream.plan import STAGES, Plan, Stage, plan
 from train.stream.stage import write_files
+from train.stream.steps import CACHE
 
 OWN = (STAGES, CACHE, results.FILE, f".{results.FILE}", page.FILE, f".{page.FILE}.*", page.CURVES, f".{page.CURVES}",
        LOCK)  # fmt: skip
