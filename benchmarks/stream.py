@@ -1,6 +1,7 @@
 """Does measured replay beat guessed replay? Six tasks in a row, every selector, several seeds, through `train stream`.
 
-    python benchmarks/stream.py SUPERNI_FOLDER [--parts main,selectors,budgets,orders,categories,methods] [--out FOLDER]
+    python benchmarks/stream.py SUPERNI_FOLDER [--out FOLDER]
+        [--parts main,selectors,budgets,rounding,orders,categories,methods]
 
 SUPERNI_FOLDER holds <category>.jsonl.gz; `examples/stream/select_rows.py` takes short rows with few different answers
 of six categories (110 for training and 40 held out, of each). `categories` is the paper's whole stream: sixteen in its
@@ -64,6 +65,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "selectors": {"arms": {**{name: {"replay.selector": name} for name in SELECTORS}, "on-policy": ON_POLICY}},
     "budgets": {"arms": {name: {"replay.selector": name} for name in ("random", "inscl")},
                 "grid": {"replay.ratio": [0.01, 0.1, 0.5]}},
+    "rounding": {"arms": {**{name: {"replay.selector": name} for name in ("random", "inscl")},
+                          "inscl, systematic": {"replay.selector": "inscl", "replay.rounding": "systematic"}},
+                 "grid": {"replay.ratio": [0.05, 0.1]}},
     "orders": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
                "grid": {"order": ["reverse", "random"]}},
     "categories": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
@@ -186,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--seeds", type=int, help="of a part; by default 5 of main, 3 of the others")
+    parser.add_argument("--seeds", type=int, help="of a part; by default 5 of main and rounding, 3 of the others")
     parser.add_argument("--tasks", help="other categories than the part's, comma-separated")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/stream-proof"))
@@ -198,11 +202,11 @@ def main() -> None:
         data = args.out.parent / f"{args.out.name}-rows-{len(rows.tasks)}"
         limits = Limits(rows.longest, rows.answer, rows.labels)
         write(args.folder, data, rows.tasks, limits, {"train": 110, "test": 40}, False)
-        seeds = list(range(args.seeds or (5 if part == "main" else 3)))
+        seeds = list(range(args.seeds or (5 if part in ("main", "rounding") else 3)))
         given = config(part, rows, seeds, data, args.out, args.workers)
         table = stream(given, screen=Terminal(Console(stderr=True)))
         show(part, table, seeds, args.out / "stages")
-        if part in ("main", "selectors", "budgets", "categories"):
+        if part in ("main", "selectors", "budgets", "rounding", "categories"):
             dose(table, args.out / "stages")
 
 

@@ -124,6 +124,11 @@ class ReplayConfig(Section):
     unit: Literal["instruction", "tag_cluster"] = Field(
         "instruction", description="what a task's quota is divided over by InsInfo"
     )
+    rounding: Literal["largest_remainder", "systematic"] = Field(
+        "largest_remainder",
+        description="how shares become whole rows. systematic: at random, a quota's mean is its share; for budgets "
+        "below a row an instruction, where largest remainders give rows to the same few instructions in every stage",
+    )
     completions: Literal["gold", "policy"] = Field(
         "gold",
         description="policy: on-policy replay, the policy's own best rollout takes the place of the old answer",

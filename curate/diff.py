@@ -38,7 +38,8 @@ CAUSES = {
 }
 """Name of a cause -> what it says of a row that one build has and the other has not."""
 
-DRAWN_BY = ("replay.selector", "replay.unit")  # settings that decide the draw, beside those that show as quota or score
+DRAWN_BY = ("replay.selector", "replay.unit", "replay.rounding")
+"""Settings that decide the draw, beside those that show as quota or score."""
 KEPT = ("origin", "weight", "tags", "insinfo", "written_by")  # columns that a row may have changed while it stayed
 
 

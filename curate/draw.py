@@ -49,9 +49,13 @@ class Pools:
         distances = np.array([d.value for d in self.made["distances"]]) if "distances" in self.made else None
         weights = self.selector.shares([p for p, _ in pools], distances) if pools else np.zeros(0)
         capacity = [p.rows for p, _ in pools]
-        context = Context(self.vectors(current) if previous else None, self.config.seed)
+        systematic = self.config.replay.rounding == "systematic"
+        context = Context(self.vectors(current) if previous else None, self.config.seed, systematic)
         share = shares(weights, asked)
-        quota, granted = allocate(weights, asked), allocate(weights, asked, capacity)
+        quota, granted = (
+            allocate(weights, asked, most, generator(self.config.seed, 0, "") if systematic else None)
+            for most in (None, capacity)
+        )
         rows = [pl.DataFrame(schema=_EMPTY["rows"])]
         instructions = [pl.DataFrame(schema=_EMPTY["instructions"])]
         for place, (task, (pool, index)) in enumerate(zip(previous, pools, strict=True)):

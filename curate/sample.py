@@ -3,7 +3,7 @@
 Everything here is arithmetic on counts, scores and vectors; randomness comes from the generator passed in. Source:
 InsCL (NAACL 2024), sections 3.2-3.3 and appendix B for the baselines. Departures:
 - shares are rounded by largest remainder and add up exactly; the excess of a pool that is too small goes to the others
-  in proportion (the official code raises, or stops short);
+  in proportion (the official code raises, or stops short); by systematic sampling where `rounding` says so;
 - zero scores everywhere mean equal shares (the official code divides by zero);
 - `prototype_instruction` tries at most 32 clusters;
 - `unit: tag_cluster` puts an instruction into the cluster of its rarest tag, so that clusters do not overlap.
@@ -46,16 +46,20 @@ def shares(scores: ArrayLike, total: float, capacity: ArrayLike | None = None) -
     return share
 
 
-def allocate(scores: ArrayLike, total: int, capacity: ArrayLike | None = None) -> Ints:
-    """Whole-number quotas in proportion to `scores`, by largest remainder.   [n] -> [n], adds up to min(total, Σ cap).
+def allocate(
+    scores: ArrayLike, total: int, capacity: ArrayLike | None = None, rng: np.random.Generator | None = None
+) -> Ints:
+    """Whole-number quotas in proportion to `scores`.   [n] -> [n], adds up to min(total, Σ cap).
 
-    InsCL, Eq. 2 and 5, made exact: every quota is within 1 of its real-valued share (`shares`) and within capacity;
-    equal remainders go to the earlier item.
+    InsCL, Eq. 2 and 5, made exact: every quota is within 1 of its real-valued share (`shares`) and within capacity.
+    By largest remainder, equal remainders going to the earlier item; or, with a generator, by systematic sampling
+    (Madow 1949): the mean of a quota over generators is its share, also where that is below one row.
 
     Args:
         scores: [n] weights ≥ 0. All 0 = equal shares.
         total: rows to give away, ≥ 0.
         capacity: [n] most that each may get; None = no limit.
+        rng: rounds by systematic sampling; None = by largest remainder.
 
     Raises:
         ValueError: a negative or non-finite score, a negative total or capacity, or lengths that differ.
@@ -74,6 +78,13 @@ def allocate(scores: ArrayLike, total: int, capacity: ArrayLike | None = None) -
     whole = np.minimum(np.floor(share + 1e-9), limit)  # 2.9999999999 is a 3 that rounding has touched
     left = round(min(float(total), float(limit.sum())) - float(whole.sum()))
     remainder = np.where(whole < limit, share - whole, -1.0)
+    if rng is not None and left > 0:
+        some = rng.permutation(np.flatnonzero(remainder > 1e-9))
+        points = np.floor(np.minimum(np.cumsum(remainder[some]), left) + rng.random())
+        up = some[np.diff(points, prepend=0.0) > 0]  # the item that holds the m-th of points one apart gets a row
+        whole[up] += 1
+        remainder[up] = -1.0
+        left -= len(up)  # 0, or 1 where a sum of remainders has been rounded down
     if left > 0:
         whole[np.argsort(-np.round(remainder, 9), kind="stable")[:left]] += 1
     elif left < 0:  # the 1e-9 above rounded up more than there is
@@ -140,6 +151,7 @@ class Context:
 
     current_vectors: NDArray[np.float32] | None = None  # [instructions of the current task, d]
     seed: int = 0
+    systematic: bool = False  # quotas of instructions are rounded by systematic sampling
 
 
 @dataclass(frozen=True)
@@ -210,18 +222,19 @@ def draw_insinfo(pool: Pool, n: int, rng: np.random.Generator, context: Context)
     """β_k = s_k / Σ s · n rows of instruction k (InsCL Eq. 5); inside an instruction uniform."""
     assert pool.scores is not None
     if pool.clusters is not None:
-        return _draw_clusters(pool, n, rng)
-    quota = allocate(pool.scores, n, pool.counts)
+        return _draw_clusters(pool, n, rng, context)
+    quota = allocate(pool.scores, n, pool.counts, rng if context.systematic else None)
     return _result(pool, _grouped(pool, quota, pool.instruction_of, rng), quota)
 
 
-def _draw_clusters(pool: Pool, n: int, rng: np.random.Generator) -> Draw:
+def _draw_clusters(pool: Pool, n: int, rng: np.random.Generator, context: Context) -> Draw:
     """The same over tag clusters, with s the mean InsInfo of a cluster's instructions; inside a cluster uniform."""
     assert pool.scores is not None and pool.clusters is not None
     size = np.bincount(pool.clusters)
     mean = np.bincount(pool.clusters, pool.scores) / np.maximum(size, 1)
     cluster_of_row = pool.clusters[pool.instruction_of]
-    quota = allocate(mean, n, np.bincount(cluster_of_row, minlength=len(size)))
+    rows = np.bincount(cluster_of_row, minlength=len(size))
+    quota = allocate(mean, n, rows, rng if context.systematic else None)
     return _result(pool, _grouped(pool, quota, cluster_of_row, rng))
 
 

@@ -253,7 +253,9 @@ TASKS = Table(
             null="the current task itself",
         ),
         "quota": Column(
-            pl.Int64, "rows asked of the task: its share, rounded by largest remainder", null="the current task itself"
+            pl.Int64,
+            "rows asked of the task: its share, rounded as `replay.rounding` says",
+            null="the current task itself",
         ),
         "granted": Column(pl.Int64, "rows drawn", null="the current task itself"),
         "reason": Column(pl.String, "why granted differs from quota", null="it does not"),

@@ -156,6 +156,30 @@ def test_tag_clusters_as_unit(shipped):
     assert check(folder / "clusters") == []
 
 
+def test_systematic_rounding(tmp_path):
+    """Six rows of some dozen instructions, four seeds: largest remainders go to the same ones, chance meets more."""
+    tasks = [{"name": n, "path": str(EXAMPLE.parent / f"{n}.jsonl.gz"), "format": "superni", "split": "train"}
+             for n in ("detection", "misc", "code")]  # fmt: skip
+
+    def made(rounding, seed, cache="cache"):
+        out = tmp_path / f"{rounding}-{seed}-{cache}"
+        build({"tasks": tasks, "replay": {"budget": 6, "rounding": rounding}, "seed": seed, "out": str(out),
+               "cache": str(tmp_path / cache)})  # fmt: skip
+        assert check(out) == [] and read(out).tasks["granted"].sum() == 6
+        return out
+
+    met = {}
+    for rounding in ("largest_remainder", "systematic"):
+        drawn = [set(read(made(rounding, seed)).instructions.filter(pl.col("granted") > 0)["uid"]) for seed in range(4)]
+        met[rounding] = len(set.union(*drawn))
+        assert all(some == drawn[0] for some in drawn) == (rounding == "largest_remainder")
+    assert met["systematic"] > met["largest_remainder"]
+    again, before = bytes_of(made("systematic", 3, "other")), bytes_of(tmp_path / "systematic-3-cache")
+    assert all(again[f"{table}.parquet"] == before[f"{table}.parquet"] for table in TABLES)
+    said = curate("diff", tmp_path / "largest_remainder-3-cache", tmp_path / "systematic-3-cache")
+    assert "replay.rounding" in said.stdout, said.stdout
+
+
 def test_the_hugging_face_way_of_loading(shipped, tmp_path):
     from datasets import load_dataset
 
