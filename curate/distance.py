@@ -194,6 +194,8 @@ def _masses(weights: ArrayLike | None, n: int, name: str) -> Matrix:
     mass = np.asarray(weights, np.float64)
     if mass.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), not {mass.shape}")
-    if not np.isfinite(mass).all() or (mass < 0).any() or mass.sum() <= 0:
+    if not np.isfinite(mass).all() or (mass < 0).any() or not (mass > 0).any():
         raise ValueError(f"{name} must be finite, ≥ 0 and not all 0")
+    if mass.max() > 1e300:  # their sum may be infinite
+        mass = mass / mass.max()
     return np.asarray(mass / mass.sum())

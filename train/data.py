@@ -1,4 +1,4 @@
-"""Manifests to token arrays: the only place of `train` that reads `curate.manifest`.
+"""Manifests to token arrays: the only place of `train` where rows of a manifest become tokens.
 
 It owns which tokens a row becomes and on which of them the loss is. It knows nothing of order (`mixing.py`), of what
 shares a forward pass (`packing.py`), or of any method.

@@ -132,6 +132,9 @@ def _r(scores: ArrayLike, at_least: int = 1) -> Matrix:
 
 
 def _correct(before: ArrayLike, after: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    for name, given in (("before", before), ("after", after)):
+        if not np.isin(np.asarray(given), (0, 1)).all():
+            raise ValueError(f"{name} must hold right (True, 1) or wrong (False, 0) alone")
     was, now = np.asarray(before, bool), np.asarray(after, bool)
     if was.ndim != 1 or was.shape != now.shape:
         raise ValueError(f"before and after must be two vectors of one length, not {was.shape} and {now.shape}")

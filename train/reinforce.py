@@ -72,7 +72,7 @@ def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | N
 
     Raises:
         InputError: no prompt at all, or one that leaves no room for an answer (too_long: error); a reward that cannot
-            be used; rollouts of another temperature or rule (offline).
+            be used; buckets by another rule; rollouts of another temperature (offline).
     """
     manifest = read(config.path(config.data[0]))
     reward = open_reward(config.reward, Path(config.base), open_embedder(EmbedConfig.model_validate({}),
@@ -90,10 +90,10 @@ def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | N
             remedy="set too_long=drop, or a smaller rollouts.max_new_tokens",
         )
     few = np.zeros(len(every), bool)
+    _check_rule(config, manifest)
     if config.rollouts.offline:
         check_fingerprints(manifest, tokenizer)
         have = stored(manifest, config.rollouts.temperature)
-        _check_rule(config, manifest)
         few = np.array([len(have.get(uid, ())) < config.rollouts.k for uid in every.uid], bool)
         long &= False  # nothing is drawn
     kept = np.flatnonzero(~(long | silent | few))
@@ -110,7 +110,7 @@ def read_prompts(config: CppoConfig, tokenizer: Any, ends: Any, context: int | N
 
 
 def _check_rule(config: CppoConfig, manifest: Manifest) -> None:
-    """Training sorts by the manifest's own rule; only the population is the phase."""
+    """Training sorts by the manifest's own rule, new rollouts too; only the population is the phase."""
     rule = manifest.provenance.get("buckets", {}).get("rule")
     if rule and (rule["k"], rule["logp"]) != (config.weights.k, "mean"):
         raise InputError(

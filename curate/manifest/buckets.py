@@ -29,6 +29,10 @@ class Bucket(StrEnum):
     NORMAL = "normal"  # anything in between, and whatever cannot be judged
 
 
+NOISE = 1e-12
+"""Differences below this share of the largest value are rounding."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """Mean and population standard deviation (divisor n) of log-probability and reward over one population."""
@@ -64,8 +68,9 @@ def classify(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDAr
     """Bucket of every row, as an array of strings.
 
     high_performance z_P > k, z_R > k; overfitting z_P > k, z_R < -k; high_variance z_P < -k, z_R > k;
-    noisy z_P < -k, z_R < -k; else normal. All inequalities are strict; NaN and a deviation of 0 give normal. Scores are
-    compared at 9 decimals: a binary reward may lie on the threshold exactly, and its unit must not decide.
+    noisy z_P < -k, z_R < -k; else normal. All inequalities are strict; what is not finite, and a deviation of 0, give
+    normal. Scores are compared at 9 decimals: a binary reward may lie on the threshold exactly, and its unit must not
+    decide.
 
     Args:
         logp: [n] log-probability of each completion, nats.
@@ -91,6 +96,7 @@ def _places(logp: ArrayLike, reward: ArrayLike, stats: Stats, k: float) -> NDArr
     if not k >= 0:
         raise ValueError(f"k must be ≥ 0, not {k}")
     z_p, z_r = (np.round(z, 9) for z in stats.z(logp, reward))
+    z_p = np.where(np.isfinite(z_p) & np.isfinite(z_r), z_p, np.nan)
     with np.errstate(invalid="ignore"):  # NaN compares false, which is normal
         rules = [
             ((z_p > k) & (z_r > k), Bucket.HIGH_PERFORMANCE),
@@ -209,11 +215,13 @@ def _pair(logp: ArrayLike, reward: ArrayLike) -> tuple[NDArray[np.float64], NDAr
 def _moments(x: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and deviation; a constant population has a deviation of exactly 0, whatever its mean rounds to.
 
+    Constant are values that differ by rounding alone: rewards are sums, and 0.1 + 0.2 is not 0.3.
+
     Values are sorted first, so that the last bit does not depend on the order of the rows.
     """
-    if x.min() == x.max():
-        return float(x[0]), 0.0
     x = np.sort(x)
+    if x[-1] - x[0] <= NOISE * max(abs(x[0]), abs(x[-1])):
+        return float(x[0]), 0.0
     mean = float(x.mean())
     return mean, float(np.sqrt(np.mean((x - mean) ** 2)))
 

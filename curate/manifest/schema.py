@@ -334,7 +334,7 @@ TAGS = Table(
 
 DROPS = Table(
     "drops",
-    "source row that is not in samples",
+    "source row of the task's split and block that is not in samples",
     {
         "uid": _UID,
         "task": _TASK,

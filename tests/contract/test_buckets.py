@@ -113,3 +113,16 @@ def test_z_of_other_moments_and_of_nothing():
     assert Rule(k=0.5).z(rows.clear()).height == 0
     with pytest.raises(KeyError, match="a"):
         Rule(k=0.5).z(rows, {"b": Stats(0.0, 1.0, 0.0, 1.0, 2)})
+
+
+@pytest.mark.parametrize(("p", "r"), [(np.inf, 1.0), (1.0, -np.inf), (-np.inf, np.inf), (np.nan, 1.0)])
+def test_what_is_not_finite_cannot_be_judged(p, r):
+    assert classify([p], [r], Stats(0.0, 1.0, 0.0, 1.0, 4), 0.5).tolist() == ["normal"]
+
+
+def test_rounding_is_no_spread():
+    """0.1 + 0.2 differs from 0.3 by 6e-17: z_R of the first would be √3, of σ = 2.4e-17."""
+    rewards, logps = [0.1 + 0.2, 0.3, 0.3, 0.3], [-1.0, -2.0, -3.0, -1.0]
+    stats = Stats.of(logps, rewards)
+    assert stats.reward_std == 0
+    assert classify(logps, rewards, stats, 0.5).tolist() == ["normal"] * 4

@@ -115,3 +115,8 @@ def test_a_truncated_solve_is_an_error(monkeypatch):
     monkeypatch.setattr("curate.distance.MAX_ITERATIONS", 1)
     with pytest.raises(RuntimeError, match="did not prove optimality"):
         wasserstein(cloud(0, 50), cloud(1, 50))
+
+
+def test_masses_whose_sum_is_infinite():
+    x, y = np.eye(2), np.array([[1.0, 0.0]])
+    assert wasserstein(x, y, weights_a=[1e308, 1e308]) == wasserstein(x, y) == 0.5  # half the mass at distance 1

@@ -365,6 +365,8 @@ def test_offline_takes_rollouts_as_they_were_drawn_and_judged(place, plain, tmp_
     offline = (data, "rollouts.offline=true", "rollouts.temperature=0.7", "reward=exact")
     with pytest.raises(InputError, match=r"set weights\.k=0\.5"):
         trained(place, tmp_path / "rule", *offline, "weights.k=1.5")
+    with pytest.raises(InputError, match=r"set weights\.k=0\.5"):  # new rollouts of these prompts too
+        trained(place, tmp_path / "rule", data, "weights.k=1.5")
     trained(place, tmp_path / "out", *offline, "max_steps=1")
     before, after = (read(f) for f in (place / "plain/rollouts/phase-00000", tmp_path / "out/rollouts/phase-00000"))
     for column in ("reward_id", "temperature", "policy", "tokenizer"):

@@ -177,3 +177,10 @@ def test_ewc_refuses_another_model():
         with pytest.raises(ValueError, match="pairwise one shape"):
             ewc_penalty(*lists)
     assert ewc_penalty([], [], []).item() == 0
+
+
+def test_a_normaliser_is_not_rounded_in_half_precision():
+    """2,006 nats by 1,003 tokens are 2; the nearest bfloat16 of 1,003 is 1,004."""
+    logps, mask = torch.full((1, 1003), -2.0).bfloat16(), torch.ones(1, 1003, dtype=torch.bool)
+    found = weighted_nll(logps, mask, 1.0, 1003)
+    assert found.item() == 2.0 and found.dtype == torch.float32

@@ -461,3 +461,15 @@ def test_constrained_descent_keeps_the_old_task():
     theta, multiplier = run(constrained=True)
     assert theta == pytest.approx(0.5, abs=1e-3)  # θ² = 0.25
     assert multiplier == pytest.approx(3, abs=0.02)  # stationary: 2(θ − 2) + λ·2θ = 0, so λ = 1.5/0.5
+
+
+def test_an_advantage_is_not_rounded_away_in_half_precision():
+    """Beside −130 a bfloat16 has steps of 1: an advantage of 0.3 would be lost before the softmax.
+
+    The margin is −130 + 0.3 − (−131 − 0.3) = 1.6; log softmax of (1.6, 0) is −ln(1 + e^−1.6) = −0.1840.
+    """
+    ref, adv = torch.tensor([[-130.0, -131.0]]).bfloat16(), torch.tensor([[0.3, -0.3]]).bfloat16()
+    found = optimal_logps(ref, adv, 1.0)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, optimal_logps(ref.float(), adv.float(), 1.0))
+    assert found[0, 0].item() == pytest.approx(-math.log1p(math.exp(-1.6)), abs=2e-3)

@@ -1131,3 +1131,21 @@ def test_learned_weights_refuse(wrong):
         learned([1.0], [1.0], k=0.5, lb=0.5, ub=2.5, **wrong)
     with pytest.raises(ValueError, match=r"scores must be \[n\], not \(1, 1\)"):
         learned([[1.0]], [[1.0]], k=0.5, lb=0.5, ub=2.5)
+
+
+@pytest.mark.parametrize(("kind", "noise"), [(torch.float64, 1e-16), (torch.float32, 3e-8)])
+def test_rounding_is_no_spread(kind, noise):
+    """0.1 + 0.2 is not 0.3 in float64, by 6e-17: a reward that adds up its terms has no better answer in that."""
+    rewards = torch.tensor([0.3 + noise, 0.3, 0.3, 0.3], dtype=kind)
+    assert rewards[0] != rewards[1]
+    assert group_advantages(rewards, torch.zeros(4, dtype=torch.long)).abs().max() == 0
+    assert whiten(rewards[None], torch.ones(1, 4, dtype=torch.bool)).abs().max() < 1e-7
+    assert group_advantages(rewards + torch.arange(4), torch.zeros(4, dtype=torch.long)).abs().max() > 1
+
+
+def test_a_token_that_the_policy_rules_out_has_no_gradient_by_samples():
+    logps = torch.tensor([[-math.inf, -1.0]], requires_grad=True)
+    ones = torch.ones(1, 2)
+    loss = policy_loss(logps, -ones, ones, ones.bool(), 1.0, 0.2, level="sequence")
+    loss.backward()
+    assert loss.isfinite() and logps.grad is not None and logps.grad.isfinite().all()

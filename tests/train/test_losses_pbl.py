@@ -166,3 +166,10 @@ def test_refusals():
     for alpha, beta, b in ((-1, 1, 1), (1, -1, 1), (1, 1, 0), (1, 1, math.inf), (math.nan, 1, 1), (1, 1, math.nan)):
         with pytest.raises(ValueError, match="need alpha >= 0, beta >= 0 and b > 0"):
             preference_bias_loss(values, values, flags, None, alpha, beta, "bounded", b)
+
+
+def test_a_difference_is_not_rounded_in_half_precision():
+    """−0.5 − (−130) = 129.5, which no bfloat16 is: its neighbours are 129 and 130."""
+    logps, ref = torch.tensor([[-0.5]]).bfloat16(), torch.tensor([[-130.0]]).bfloat16()
+    found = preference_bias_loss(logps, ref, torch.tensor([[True]]), None, 1.0, 1.0)
+    assert found.item() == -129.5 and found.dtype == torch.float32

@@ -132,3 +132,11 @@ def test_upper_is_looked_at_with_one_task_too(tmp_path, upper):
     done = asked(tmp_path / "r.csv", "--upper", upper)
     assert done.exit_code == 1 and "not 1 positive numbers" in done.stderr
     assert asked(tmp_path / "r.csv", "--upper", "0.5").exit_code == 0
+
+
+@pytest.mark.parametrize("metric", [metrics.knowledge_gain_ratio, metrics.knowledge_retention_ratio])
+def test_an_answer_is_right_or_wrong(metric):
+    assert metric([0, 1], [1, 1]) == 1.0
+    for before, after, named in (([math.nan, 0], [1, 1], "before"), ([1, 0], [0.5, 1], "after")):
+        with pytest.raises(ValueError, match=f"{named} must hold right"):
+            metric(before, after)

@@ -95,6 +95,7 @@ def _weighted_mean(values: Tensor, mask: Tensor, weight: Tensor | float, normali
     """Σ w·m·values / normaliser.   [b, t] -> scalar."""
     if values.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(f"need a bool mask of shape {_shape(values)}, not {mask.dtype} {_shape(mask)}")
+    values = _wide(values)
     w = torch.as_tensor(weight, dtype=values.dtype, device=values.device)
     if w.dim() not in (0, values.dim()):  # [b] would spread over tokens, and silently so where b = t
         raise ValueError(f"weight must be a number, [b, 1] or {_shape(values)}, not {_shape(w)}")

@@ -6,7 +6,7 @@ softmaxes are computed in the widest type of the arguments, float32 at least.
 
 Departures from the paper, or from its official code:
 - Ties: candidates of one rank share the mean of their positions; the formula has no place for them.
-- J may differ by prompt.
+- J may differ by prompt; answers of equal tokens count once (`train/sets.py`), as in PBL.
 - ln λ is clamped: λ grows as fast as its own square, and would otherwise be infinite after finitely many steps.
 - P_θ and P* are normalised over the candidates of their own prompt, and P* stays as it was stored, as in the paper; the
   code normalises over the micro-batch and lets the target move.
@@ -103,7 +103,8 @@ def optimal_logps(ref_logps: Tensor, adv: Tensor, beta: float, mask: Tensor | No
     """
     mask = candidate_mask(mask, ref_logps=ref_logps, adv=adv)
     check_beta(beta)
-    values = ref_logps + adv / beta
+    kind = torch.promote_types(torch.promote_types(ref_logps.dtype, adv.dtype), torch.float32)
+    values = ref_logps.to(kind) + adv.to(kind) / beta
     broken = (mask & ~values.isfinite()).nonzero()
     if len(broken):
         row, column = broken[0].tolist()

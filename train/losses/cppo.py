@@ -304,7 +304,8 @@ def ratios(logps: Tensor, old_logps: Tensor, mask: Tensor, level: Level = "token
     if level != "sequence":
         raise ValueError(f"level must be token or sequence, not {level!r}")
     mean = gap.detach().sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(valid, mean.clamp(max=MAX_LOG_RATIO).exp() * (new - new.detach()).exp(), 1)
+    own = (new - new.detach()).masked_fill(~new.isfinite(), 0)  # 0, with the gradient of log π_θ; −∞ has none
+    return torch.where(valid, mean.clamp(max=MAX_LOG_RATIO).exp() * own.exp(), 1)
 
 
 @torch.no_grad()
@@ -452,11 +453,16 @@ def _mean(
 
 
 def _standardised(x: Tensor, group: Tensor, scale: bool = True) -> Tensor:
-    """(x − mean)/σ within groups 0, 1, …; 0 in one of equal values, whatever their mean rounds to.   [n], float64."""
+    """(x − mean)/σ within groups 0, 1, …; 0 in one of equal values, whatever their mean rounds to.   [n], float64.
+
+    Values that differ by rounding alone (1e-12 of the largest; 1e-6, where they are float32) are equal.
+    """
+    noise = 1e-12 if x.dtype == torch.float64 else 1e-6
     x = x.double()
     size = torch.bincount(group).double()
     mean = torch.zeros_like(size).index_add(0, group, x) / size
     centred = x - mean[group]
     std = (torch.zeros_like(size).index_add(0, group, centred.square()) / size).sqrt()
     low, high = (torch.zeros_like(x).scatter_reduce(0, group, x, how, include_self=False) for how in ("amin", "amax"))
-    return torch.where((low == high)[group], 0, centred / std[group] if scale else centred)
+    equal = high - low <= noise * torch.maximum(low.abs(), high.abs())
+    return torch.where(equal[group], 0, centred / std[group] if scale else centred)

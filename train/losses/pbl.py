@@ -59,8 +59,8 @@ def preference_bias_loss(
         raise ValueError(f"aligned must be bool, not {aligned.dtype}")
     if not (alpha >= 0 and beta >= 0 and 0 < b < math.inf):
         raise ValueError(f"need alpha >= 0, beta >= 0 and b > 0, not alpha {alpha}, beta {beta}, b {b}")
-    rho = (logps - ref_logps.detach()).masked_fill(~mask, 0)
-    rho = rho.to(torch.promote_types(rho.dtype, torch.float32))
+    kind = torch.promote_types(torch.promote_types(logps.dtype, ref_logps.dtype), torch.float32)
+    rho = (logps.to(kind) - ref_logps.detach().to(kind)).masked_fill(~mask, 0)
     if negative == "literal":
         conflict = rho
     elif negative == "bounded":

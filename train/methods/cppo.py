@@ -13,7 +13,8 @@ tokenises otherwise) is not learned from: w = 0. Everything else goes by log-pro
 begins, as in a synchronous run: buckets, α and β, the KLs, the values, and retention.
 
 Departures from the paper, or from official code: those of the losses, and
-- Buckets' moments are those of the whole phase (the code: of the last chunk of 32 samples).
+- Buckets' moments are those of the whole phase (the code: of the last chunk of 32 samples), whatever population the
+  buckets of the manifest are over; k and the mean of log-probabilities must be the manifest's.
 - `group` with level "token" divides by the tokens of the step (DAPO), where GRPO's paper takes each sample's mean
   first; samples of a prompt that a phase asks twice are one group.
 - The adaptive coefficient follows the KL to the reference, per sample of a phase, and moves between phases.
