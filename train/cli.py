@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -163,7 +163,7 @@ def stream(
         from rich.console import Console
 
         from train.stream import stream as run
-        from train.stream.config import StreamConfig
+        from train.stream.config import BUDGETS, StreamConfig
         from train.stream.run import Silent, by_hand
         from train.stream.screen import Terminal, commands, ends_table
 
@@ -171,7 +171,7 @@ def stream(
             raise typer.BadParameter(
                 "--by-hand begins no stage, so there is none to begin again with: leave out --stage"
             )
-        wanted = _settings(StreamConfig, config, settings)
+        wanted = _settings(StreamConfig, config, settings, [[f"replay.{name}" for name in BUDGETS]])
         if hand:
             sys.stdout.writelines(f"{line}\n" for line in commands(by_hand(wanted)))
             return
@@ -193,12 +193,14 @@ def _shown(found: dict[str, Any]) -> str:
     return f"{value:.4f}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
-def _settings(model: type[Settings], path: Path | None, words: list[str] | None) -> Settings:
+def _settings(
+    model: type[Settings], path: Path | None, words: list[str] | None, exclusive: Sequence[Sequence[str]] = ()
+) -> Settings:
     from curate.settings import checked, override, read_yaml
 
     data = read_yaml(path) if path is not None else {}
     for word in _checked(words):
-        override(data, word)
+        override(data, word, exclusive)
     return checked(model, {**data, "base": str(path.parent) if path else "."}, str(path or "command line"))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from browser import MISSING, js, until, visit
 from commands import called
+from rich.console import Console
 from test_run import ROOT, STARTER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +36,7 @@ from train.stream.config import StreamConfig
 from train.stream.pool import queue
 from train.stream.results import difference, spread
 from train.stream.run import prepared
+from train.stream.screen import ends_table
 from train.stream.stage import carry_out, write_files
 
 TASKS = ("sentiment_analysis", "misc", "detection")
@@ -104,7 +107,7 @@ def test_a_stream_from_end_to_end(place, done):
     assert joint["steps"].to_list() == [12] and joint["current"].to_list() == [24] and joint["task"].to_list() == [None]
     assert set(table.filter(pl.col("stage") > 0, pl.col("kind") != "joint")["steps"]) == {6}
     assert max(v for row in table["scores"].to_list() for v in row if v is not None) > 0, "something is learnt"
-    for word in ("none", "random", "relative gain", "seeds"):
+    for word in ("none", "random", "relative", "gain, %", "seeds"):
         assert word in done.stdout
     for name in ("stream.html", "curves.svg"):
         assert (place / "out" / name).stat().st_size > 1000
@@ -276,13 +279,60 @@ def test_a_stage_that_fails_says_which_and_what_is_done_stays(place, done, tmp_p
     failed = called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p")
     assert failed.returncode == 1
     assert f"stages/{broken}: out train: a file, not a folder" in failed.stderr
-    assert re.search("^error: stage 2: misc, of run '(none|random)': ", failed.stderr, re.M)
+    assert re.search(r"^error: stage 2: misc · (none|random), seed 0: ", failed.stderr, re.M)
     table = pl.read_parquet(out / "results.parquet")
     ended_ = table.filter(pl.col("kind") == "run", pl.col("stage") == 2)
     assert ended_.height == 1, "the run that is through is in the table, the other as far as it came"
     (out / "stages" / broken / "train").unlink()
     assert called(main, "stream", "--config", "config.yaml", "out=out", cwd=tmp_path / "p").returncode == 0
     assert digest(out) == digest(place / "out")
+
+
+def test_stopped_by_ctrl_c_there_is_a_table_of_what_is_done(place, done, tmp_path):
+    shutil.copytree(place, tmp_path / "p")
+    out = tmp_path / "p/out"
+    for folder in [*(out / "stages").glob("2-*"), *(out / "stages").glob("joint-*")]:
+        shutil.rmtree(folder)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([*CLI, "stream", "--config", "config.yaml", "out=out"], cwd=tmp_path / "p", env=env,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    while "4 of them done" not in said:
+        said += (line := process.stderr.readline())
+        assert line, said
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "of 7 stages are done and stay" in rest, rest
+    table = pl.read_parquet(out / "results.parquet")
+    assert table.filter(kind="run", stage=1).height == 2 and (out / "stream.html").is_file()
+
+
+def test_the_table_of_another_configuration_is_not_replaced_in_silence(place, done, tmp_path):
+    """A stream of one arm has not the other's second stage; a mistake without a stage replaces nothing."""
+    shutil.copytree(place, tmp_path / "p")
+    words = ("stream", "--config", "config.yaml", "out=out")
+    changed = called(main, *words, "arms={none: {replay.selector: none}}", cwd=tmp_path / "p")
+    assert changed.returncode == 0 and "holds 1 stage of another configuration" in changed.stderr, changed.stderr
+    assert pl.read_parquet(tmp_path / "p/out/results.parquet")["arm"].drop_nulls().unique().to_list() == ["none"]
+    back = called(main, *words, cwd=tmp_path / "p")
+    assert back.returncode == 0 and "another configuration" not in back.stderr
+    assert digest(tmp_path / "p/out") == digest(place / "out")
+    wrong = called(main, *words, "train.max_length=20", "train.too_long=error", cwd=tmp_path / "p")
+    assert wrong.returncode == 1 and digest(tmp_path / "p/out") == digest(place / "out")
+
+
+def test_the_table_at_the_end_fits_a_narrow_terminal(done):
+    """Also with a deviation in every cell."""
+    columns = ("relative_gain", "average_performance", "backward_transfer")
+    same = {"run": "inscl · ratio 0.05", "kind": "run", "stage": 2, "tasks": ["a", "b"], "replay": 1234}
+    rows = [{**same, "seed": seed, **{name: (-88.8, -0.888)[name != "relative_gain"] + seed / 10 for name in columns}}
+            for seed in (0, 1, 2)]  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(ends_table(pl.DataFrame(rows)))
+    shown = console.file.getvalue()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"^ *inscl .*  -88.7 ± 0.1 +-0.788 ± 0.100 +-0.788 ± 0.100 +1,234 +3", shown, re.M), shown
 
 
 def test_a_file_in_the_way_is_one_line(place, tmp_path):
@@ -370,9 +420,10 @@ def test_every_arm_begins_before_one_goes_on(place, tmp_path):
 
 
 def test_rows_that_an_arm_cannot_take_are_seen_before_another_arm_goes_on(place, tmp_path):
-    arms = "arms={none: {replay.selector: none}, pairs: {method: dpo, train: {max_steps: 2}}}"
+    """And without a stage that is through no table is written: the one of a mistake would take another's place."""
+    arms = "arms={none: {replay.selector: none}, short: {train.max_length: 20, train.too_long: error}}"
     made = called(main, "stream", "--config", "config.yaml", f"out={tmp_path / 'out'}", arms, "seeds=[0, 1]", cwd=place)
-    said = r"^error: stage 1: sentiment_analysis, of run 'pairs': .*/stages/1-.*: no prompt has two ranked answers"
+    said = r"^error: stage 1: sentiment_analysis · short, seed 0: .*/stages/1-.* are longer than max_length=20"
     assert made.returncode == 1 and re.search(said, made.stderr, re.M), made.stderr
     trained = [f.parent.parent.name for f in tmp_path.glob("out/stages/*/train/model")]
     assert [name[:2] for name in trained] == ["1-"], "the first stage of the first arm alone"

@@ -20,7 +20,7 @@ from train.stream.plan import plan
 from train.stream.run import Silent, _read_ahead, prepared
 from train.stream.stage import write_files
 
-TASKS = ("a", "b", "c")
+TASKS, ROLLOUTS = ("a", "b", "c"), {"k": 2, "reward": "exact"}
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_without_replay_there_is_a_run_in_any_case(base):
     without = next(run for run in runs(made) if run.name == "none")
     assert all(step(made, f, "build")["replay"] == {"selector": "none"} for f in without.stages)
     assert [run.name for run in runs(planned(base, bounds={}, replay={"selector": "none"}))] == ["stream"]
-    copr = planned(base, bounds={}, method="copr", build={"policy": {}})
+    copr = planned(base, bounds={}, method="copr", build={"policy": {}, "rollouts": ROLLOUTS})
     last = next(run for run in runs(copr) if run.name == "none").stages[-1]
     assert "buffers" not in step(copr, last, "copr") and step(copr, last, "copr")["constraint"] == "none"
 
@@ -271,7 +271,8 @@ def test_what_a_method_holds_is_named_stage_by_stage(base):
 
 
 def test_buffers_of_copr_and_the_policy_of_a_build(base):
-    copr = planned(base, method="copr", replay={"selector": "none"}, build={"policy": {"batch_size": 4}},
+    copr = planned(base, method="copr", replay={"selector": "none"},
+                   build={"policy": {"batch_size": 4}, "rollouts": ROLLOUTS},
                    train={"max_steps": 1, "mixture": {"current": 0.75, "replay": 0.25}})  # fmt: skip
     first, second, third = runs(copr)[0].stages
     assert step(copr, third, "copr")["buffers"] == [f"../{first}/train/buffer", f"../{second}/train/buffer"]
@@ -358,6 +359,9 @@ def test_a_mixture_counts_where_something_comes_back(base):
         ({"model": "no/such-model-here"}, "no/such-model-here"),
         ({"train": {"max_steps": 1, "kl": {"weight": -1}}}, r"kl\.weight"),
         ({"method": "sft"}, "method"),
+        ({"method": "copr"}, "run 'stream': method copr: it compares.*\n.*`build.rollouts` with a reward"),
+        ({"arms": {"none": {}, "x": {"method": "dpo"}}}, "run 'x': method dpo: it compares the answers of a prompt"),
+        ({"evaluation": {"split": "test", "metric": "ranking"}}, "metric ranking: it orders.*\n.*rouge_l"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_any_work(base, tmp_path, changes, says):

@@ -145,7 +145,8 @@ class StreamConfig(Section):
             every = [*keys, *self.grid]
             for key in every:
                 if other := next((o for o in every if o.startswith(f"{key}.")), None):
-                    raise ValueError(f"arms.{arm}: {key!r} holds {other!r}, which is given as well; give one of them")
+                    raise ValueError(f"arms.{arm}: {key!r} holds {other!r}, which is given as well; give one of them "
+                                     f"(on a command line: 'arms.{arm}={{replay.selector: …}}')")  # fmt: skip
             if twice := next((key for key in keys if key in self.grid), None):
                 raise ValueError(f"arms.{arm}: {twice!r} is in the grid as well, which would take its place")
             sizes = {key for key in every if key.removeprefix("replay.") in BUDGETS and key.startswith("replay.")}

@@ -20,12 +20,14 @@ import numpy as np
 
 from curate.errors import InputError
 from curate.manifest import read
+from curate.manifest.markdown import printable
 from curate.manifest.schema import content_hash
 from curate.readers import SourceId, identify
 from train.stream.config import Recipe, StreamConfig
 from train.stream.steps import Step, Steps, check
 
 STAGES = "stages"
+COMPARE, RANKED = ("copr", "dpo", "pbl"), ("ranking", "ranking_change")  # methods and metrics of several answers
 EVERYTHING = {"selector": "random", "per_task": 10**9}  # all rows that the older tasks have
 
 
@@ -107,6 +109,18 @@ class Plan:
         """Where a stage lies."""
         return self.out / STAGES / name
 
+    def users(self, name: str, most: int = 3) -> str:
+        """The runs that a stage is of, so many of them by name."""
+        kinds = {"run": "{name}, seed {seed}", "single": "alone, seed {seed}", "joint": "seed {seed}"}
+        runs = [run for run in self.runs if name in run.stages]
+        found = list(dict.fromkeys(kinds[r.kind].format(name=printable(r.name), seed=r.seed) for r in runs))
+        return "; ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+    def label(self, stage: Stage) -> str:
+        """A stage and its runs, for a line."""
+        users = self.users(stage.folder, 2)
+        return printable(stage.title) + (f" · {users}" if users else "")
+
     def done(self, name: str) -> bool:
         """Whether all that a stage is for is there."""
         return all((self.folder(name) / step.leaves).exists() for step in self.stages[name].ordered)
@@ -128,6 +142,8 @@ class _Planner:
         self.made.identities = {task.name: identify(task, Path(config.base)) for task in config.tasks}
         self.here = (self.made.out / STAGES / "x").absolute()  # as deep as every stage
         self.steps = Steps(config, self.here, self.made.sources)
+        self.ranked = any(t.format in ("ranked", "preference") or t.columns.candidates or t.columns.chosen
+                          for t in config.tasks)  # fmt: skip
 
     def plan(self) -> Plan:
         config, own, recipes = self.config, self.config.recipe(self.config.name, "", {}), self.config.recipes()
@@ -194,6 +210,12 @@ class _Planner:
 
     def _start(self, held_out: Stage | None) -> Stage:
         """The model before training, scored on all tasks."""
+        metric = self.config.evaluation.metric
+        if metric in RANKED and held_out and not self.ranked:
+            raise InputError(
+                f"evaluation.metric {metric}: it orders the answers of a prompt, and the tasks have one a prompt",
+                remedy="tasks of format ranked or preference, or metric rouge_l, exact or contains",
+            )
         scores = self._scores(self.steps.model, self.names, held_out)
         return self._add("start", (), [scores], [held_out])
 
@@ -201,6 +223,11 @@ class _Planner:
                held_out: Stage | None) -> Stage:  # fmt: skip
         """A task behind older ones, which the stages `before` have trained."""
         how, folders, first = recipe.how, [stage.folder for stage in before], self.steps.model
+        if how.method in COMPARE and not how.build.get("rollouts") and not self.ranked:
+            raise InputError(
+                f"method {how.method}: it compares the answers of a prompt, and the tasks have one a prompt",
+                remedy="tasks of format ranked or preference, `build.rollouts` with a reward, or method cft",
+            )
         replay = _replay(how.replay, first=not before)
         older, ahead = [first, first, *(f"../{folder}/train/model" for folder in folders)][-2:]
         sections = self.steps.sections(how.build, replay, ahead, older)

@@ -61,14 +61,6 @@ def queue(plan: Plan, stages: Collection[str]) -> list[Stage]:
     return sorted(left, key=lambda stage: rank.get(stage.folder, 3))
 
 
-def named(plan: Plan, stage: Stage) -> str:
-    """A stage, and the runs that it is of."""
-    runs = list(dict.fromkeys(repr(run.name) for run in plan.runs if stage.folder in run.stages and run.kind == "run"))
-    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-    some = f"runs {', '.join(runs[:3])}{more}" if len(runs) > 1 else f"run {''.join(runs)}"
-    return f"{stage.title}, of {some}" if runs else stage.title
-
-
 def in_order(
     plan: Plan, stages: Collection[str], workers: int, threads: int, modules: Path, begin: Callable[[Stage], None]
 ) -> Iterator[tuple[Stage, float]]:
@@ -114,9 +106,9 @@ def in_order(
                             remedy="workers=1, or a smaller batch; the same command goes on",
                         )
                     except InputError as raised:
-                        error = error or InputError(f"{named(plan, stage)}: {raised}")
+                        error = error or InputError(f"{plan.label(stage)}: {raised}")
                     except Exception as raised:
-                        raised.add_note(f"in {named(plan, stage)}: {plan.folder(stage.folder)}")
+                        raised.add_note(f"in {plan.label(stage)}: {plan.folder(stage.folder)}")
                         error = error or raised
                     else:
                         left.discard(stage.folder)

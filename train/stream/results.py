@@ -41,10 +41,12 @@ SCHEMA: dict[str, Any] = {
     "KGR": pl.Float64, "KRR": pl.Float64, "current": pl.Int64,
     "replay": pl.Int64, "augmented": pl.Int64, "steps": pl.Int64, "tokens": pl.Int64,
 }  # fmt: skip
-"""kind: run, single, joint. stage: 0 = before training; its own row for each run. tasks: in the order of training;
-scores, items and upper are of these, null = not measured. settings: what an arm or the grid changed, as JSON. Rows are
-distinct ones that the stage was trained on; tokens (no padding, nothing that a model wrote) and steps likewise.
-ACC, KGR and KRR are over the items of the tasks so far, against the model before training."""
+"""kind: run; the bounds single (a task alone) and joint (all at once), which have no arm, cell and selector. run: arm
+and cell, its place in the grid. settings: what these changed, as JSON. stage: 0 = before training; its own row for each
+run. folder: below stages/. tasks: in the order of training; scores, items (how many were scored) and upper (score of
+the task alone, mean over seeds) are of these, null = not measured. relative_gain is in %, all else from 0 to 1.
+current, replay and augmented: distinct rows that the stage was trained on; tokens (no padding, nothing that a model
+wrote) and steps likewise. ACC, KGR and KRR: over the items of the tasks so far, against the model before training."""
 Floats = NDArray[np.float64]
 
 
@@ -61,6 +63,24 @@ def write(plan: Plan, table: pl.DataFrame) -> Path:
     table.write_parquet(half)
     os.replace(half, path)
     return path
+
+
+def of_others(plan: Plan) -> int:
+    """How many stages the table that lies there holds which are none of this plan's."""
+    try:
+        there = pl.read_parquet(plan.out / FILE, columns=["folder"])["folder"].unique().to_list()
+    except (OSError, pl.exceptions.PolarsError):
+        return 0
+    return len(set(there) - set(plan.stages))
+
+
+def replayed(plan: Plan, name: str) -> tuple[int, int]:
+    """(rows that a stage's build asked of the older tasks, rows that these could give)."""
+    if "build" not in plan.stages[name].steps:
+        return 0, 0
+    manifest = plan.folder(name) / str(plan.stages[name].steps["build"].settings["out"])
+    asked = json.loads((manifest / "provenance.json").read_bytes())["replay"]["asked"]
+    return asked, int(pl.read_parquet(manifest / "tasks.parquet", columns=["granted"])["granted"].sum())
 
 
 def uppers(plan: Plan) -> dict[str, float]:
@@ -86,11 +106,13 @@ def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, A
     while done < len(run.stages) and plan.done(run.stages[done]):
         done += 1
     r, how = matrix(plan, run, done), run.recipe.how
+    bound = run.kind != "run"  # has the stream's own settings, but no arm, and replays nothing
     about = {
-        "run": run.name, "arm": run.recipe.arm, "cell": run.recipe.cell, "kind": run.kind, "seed": run.seed,
+        "run": run.name, "arm": None if bound else run.recipe.arm, "cell": None if bound else run.recipe.cell,
+        "kind": run.kind, "seed": run.seed,
         "order": how.order, "method": how.method,
         "settings": json.dumps(run.recipe.changes, sort_keys=True, ensure_ascii=False), "tasks": list(run.tasks),
-        "selector": how.replay.get("selector", "inscl"), "upper": best,
+        "selector": None if bound else how.replay.get("selector", "inscl"), "upper": best,
     }  # fmt: skip
     for stage in range(done + 1):
         folder = (run.start, *run.stages)[stage]
@@ -99,7 +121,8 @@ def _rows(plan: Plan, run: Run, upper: dict[str, float]) -> Iterator[dict[str, A
             "stage": stage, "task": run.tasks[stage - 1] if stage and run.kind != "joint" else None, "folder": folder,
             "scores": [scored[task][0] if task in scored else None for task in run.tasks],
             "items": [scored[task][1] if task in scored else None for task in run.tasks],
-            **(_measured(r[: stage + 1], best) if stage and run.kind == "run" else _mean(r[stage], run.kind, best)),
+            **(_measured(r[: stage + 1], best) if stage and run.kind == "run" else
+               _mean(r[stage], best if stage and run.kind == "joint" else ())),
             **(_trained(plan, run, stage) if stage else {}),
         }  # fmt: skip
 
@@ -126,11 +149,11 @@ def _measured(r: Floats, upper: Sequence[float | None]) -> dict[str, float | Non
     return found
 
 
-def _mean(scores: Floats, kind: str, upper: Sequence[float | None]) -> dict[str, float | None]:
-    """Of a bound, or of the first model: the mean over its tasks; of all at once the relative gain over all of them."""
+def _mean(scores: Floats, upper: Sequence[float | None]) -> dict[str, float | None]:
+    """Of a bound, or of the first model: the mean over its tasks, and with `upper` the relative gain over them."""
     found: dict[str, float | None] = {"average_performance": float(np.nanmean(scores))}
     best = [value for value in upper if value is not None and value >= LEAST]
-    if kind == "joint" and len(best) == len(scores):
+    if len(best) == len(scores):
         found["relative_gain"] = float(100 * (scores / np.array(best)).mean())
     return found
 

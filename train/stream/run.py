@@ -37,10 +37,10 @@ class Screen(Protocol):
     def begin(self, stages: int, done: int, workers: int) -> None:
         """So many stages, some of them done before."""
 
-    def start(self, stage: Stage) -> None:
+    def start(self, stage: str) -> None:
         """A stage has been given to a process."""
 
-    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+    def finish(self, stage: str, seconds: float, scores: str) -> None:
         """A stage is done."""
 
     def end(self) -> None:
@@ -56,10 +56,10 @@ class Silent:
     def begin(self, stages: int, done: int, workers: int) -> None:
         """Says nothing."""
 
-    def start(self, stage: Stage) -> None:
+    def start(self, stage: str) -> None:
         """Says nothing."""
 
-    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+    def finish(self, stage: str, seconds: float, scores: str) -> None:
         """Says nothing."""
 
     def end(self) -> None:
@@ -84,23 +84,33 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
         again = [] if stage is None else _again(made, stage, len(config.tasks))
         for each in made.stages.values():
             write_files(made, each)
+        if others := results.of_others(made):
+            screen.note(f"{made.out / results.FILE} holds {plural(others, 'stage')} of another configuration, and will "
+                        "hold those of this one; all stages stay, and the other one gives its table back")  # fmt: skip
         if left := {name for name in made.stages if name in again or not made.done(name)}:
             _read_ahead(made, left, config, screen)
         if stage is not None:
             _remove(made, again)
-            screen.note(f"from the {stage}. on, {plural(len(again), 'stage')} removed, to be made again")
+            screen.note(f"{plural(len(again), 'stage')} removed, from stage {stage} on: to be made again")
         folder, _ = model_folder(str(config.path(config.model)), Path(config.base), "model")
         allowed = pool.workers_for(pool.bytes_of(folder), config.workers)
         threads = config.threads or (max(1, pool.cores() // config.workers) if config.workers else 1)
         workers = min(max(1, len(left)), allowed)
         screen.begin(len(made.stages), len(made.stages) - len(left), workers)
-        stages = pool.in_order(made, left, workers, threads, Path(config.base), screen.start) if left else ()
+        base = Path(config.base)
+        stages = (
+            pool.in_order(made, left, workers, threads, base, lambda s: screen.start(made.label(s))) if left else ()
+        )
         try:
             for done, took in stages:
-                screen.finish(done, took, _scores(made, done))
-        except Exception:
-            with suppress(Exception):  # the stage's own error is what there is to say
-                _publish(made, config)
+                screen.finish(made.label(done), took, _scores(made, done))
+        except BaseException as error:  # Ctrl-C too
+            kept = [name for name in made.stages if made.done(name)]
+            if any(made.stages[name].kind == "stage" for name in kept):
+                with suppress(Exception):  # the stage's own error is what there is to say
+                    _publish(made, config)
+            if isinstance(error, KeyboardInterrupt):
+                screen.note(f"{len(kept)} of {len(made.stages)} stages are done and stay")
             raise
         finally:  # Ctrl-C too: no live line stays
             screen.end()
@@ -207,4 +217,6 @@ def _scores(made: Plan, stage: Stage) -> str:
     mean = sum(value for value, _ in found.values()) / len(found)
     task = stage.tasks[-1] if stage.kind == "stage" else ""
     own = f"{found[task][0]:.3f} here, " if task in found else ""
-    return f"{own}{mean:.3f} over {len(found)} tasks" if len(found) > 1 else f"{mean:.3f}"
+    shown = f"{own}{mean:.3f} over {len(found)} tasks" if len(found) > 1 else f"{mean:.3f}"
+    asked, granted = results.replayed(made, stage.folder)
+    return shown + (f" · {granted:,} of {asked:,} rows to replay" if granted < asked else "")

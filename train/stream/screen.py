@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 
 import polars as pl
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from curate.manifest.markdown import printable
-from train.stream.plan import Plan, Stage
+from train.stream.plan import Plan
 from train.stream.results import ends, written
 
 
@@ -44,23 +45,21 @@ class Terminal:
             self.line = self.progress.add_task("", total=stages, completed=done)
             self.progress.start()
 
-    def start(self, stage: Stage) -> None:
+    def start(self, stage: str) -> None:
         """What runs now."""
-        self.running.append(stage.title)
+        self.running.append(stage)
         self._show()
 
-    def finish(self, stage: Stage, seconds: float, scores: str) -> None:
+    def finish(self, stage: str, seconds: float, scores: str) -> None:
         """A stage is done, and how far all is."""
-        self.running.remove(stage.title)
+        self.running.remove(stage)
         self.done += 1
         left = ""
         if self.progress is None and self.done < self.total:
             each = (time.monotonic() - self.began) / (self.done - self.first)
             left = f" · about {_time(each * (self.total - self.done))} left"
         shown = f" · {scores}" if scores else ""
-        text = Text.assemble(
-            ("✓ ", "green"), f"{self.done} of {self.total} · {stage.title} · {seconds:.0f} s{shown}{left}"
-        )
+        text = Text.assemble(("✓ ", "green"), f"{self.done} of {self.total} · {stage} · {seconds:.0f} s{shown}{left}")
         self.console.print(text, soft_wrap=True)
         self._show()
 
@@ -80,15 +79,13 @@ def _time(seconds: float) -> str:
 
 def ends_table(table: pl.DataFrame) -> Table:
     """How runs ended, mean ± standard deviation over seeds."""
-    found = Table(title="after the last stage", title_style="bold")
-    found.add_column("run")
-    columns = (("relative_gain", "relative gain, %", 1), ("average_performance", "AP", 3),
-               ("backward_transfer", "BWT", 3),
-               ("forgetting", "forgetting", 3))  # fmt: skip
-    for *_, name, _ in columns:
-        found.add_column(name, justify="right")
-    for name in ("rows replayed", "seeds"):
-        found.add_column(name, justify="right")
+    found = Table(title="after the last stage: mean ± standard deviation over seeds", title_style="bold",
+                  title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))  # fmt: skip
+    found.add_column("run", overflow="fold")
+    columns = (("relative_gain", "relative\ngain, %", 1), ("average_performance", "AP", 3),
+               ("backward_transfer", "BWT", 3))  # fmt: skip
+    for name in (*(name for _, name, _ in columns), "replayed", "seeds"):
+        found.add_column(name, justify="right", no_wrap=True)
     last = ends(table)
     for name in last["run"].unique(maintain_order=True):
         part = last.filter(run=name)
@@ -102,14 +99,8 @@ def ends_table(table: pl.DataFrame) -> Table:
 
 def commands(plan: Plan) -> Iterator[str]:
     """Lines for a shell that carry out every stage, in an order in which each finds what it needs."""
-    through: dict[str, list[str]] = {}
-    for run in plan.runs:
-        for name in run.stages:
-            through.setdefault(name, []).append(f"{printable(run.name)}, seed {run.seed}")
     for name, stage in plan.stages.items():
-        users = through.get(name, [])
-        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
-        yield f"# {printable(stage.title)}" + (f" · {'; '.join(users[:3])}{more}" if users else "")
+        yield f"# {plan.label(stage)}"
         if needs := [need for need in stage.needs if need in plan.stages]:
             yield f"# behind {', '.join(needs)}"
         yield f"cd {shlex.quote(str(plan.folder(name).absolute()))}"
