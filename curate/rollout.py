@@ -115,7 +115,9 @@ def rewards(
     rolled: pl.DataFrame, rows: pl.DataFrame, reward: Reward, store: Store, done: Advance = lambda n: None
 ) -> pl.Series:
     """Reward of every rollout; null where the reward is not a number."""
-    frames = reward_blocks(rolled, rows, reward, store).frames(partial(_judge, reward), done)
+    frames = reward_blocks(rolled, rows, reward, store).frames(
+        partial(_judge, reward), done, here=getattr(reward, "stays", False)
+    )
     return pl.concat([pl.DataFrame(schema={"reward": pl.Float64}), *frames])["reward"]
 
 

@@ -1,4 +1,4 @@
-"""Texts to unit vectors: sentence-transformers, a causal language model, or vectors that the user brings.
+"""Texts to unit vectors: sentence-transformers, a causal language model, a server, or vectors that the user brings.
 
 torch and the model itself are loaded at the first `encode`, so that a rebuild that finds everything cached stays quick.
 `fingerprint` is known before: it hashes weight files, not tensors.
@@ -6,6 +6,7 @@ torch and the model itself are loaded at the first `encode`, so that a rebuild t
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,14 @@ from curate.config import EmbedConfig
 from curate.errors import InputError
 from curate.manifest.io import sha256_file
 from curate.manifest.remote import is_url
+from curate.models.http import Request, Server
 from curate.models.travel import Travels
 from curate.models.weights import architectures, model_folder, quiet, weights_hash
 from curate.storage import located
 
 Vectors = NDArray[np.float32]
+
+ANOTHER_MODEL = "another model is behind the server now, or was before: name its weights by another embed.revision"
 
 
 class Embedder(Protocol):
@@ -37,8 +41,10 @@ class Embedder(Protocol):
         """Vectors [n, d] of n texts, in their order."""
 
 
-def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
+def open_embedder(config: EmbedConfig, base: Path = Path(), requests: Path | None = None) -> Embedder:
     """The embedder that a configuration asks for; relative paths are relative to `base`.
+
+    `requests`: where answers of a server are kept, so that none is paid for twice.
 
     Raises:
         InputError: the model or the file cannot be used (before any text is embedded).
@@ -46,6 +52,8 @@ def open_embedder(config: EmbedConfig, base: Path = Path()) -> Embedder:
     if config.backend == "precomputed":
         path = str(config.path)
         return Precomputed(located(base, path), path if is_url(path) else None)
+    if config.backend == "api":
+        return ServerEmbedder(config, requests)
     folder, name = model_folder(config.model, base, whole=True)
     if config.backend == "lm":
         return LanguageModel(folder, name, config)
@@ -141,6 +149,68 @@ class LanguageModel(Travels):
         return model.to(device).eval(), tokenizer
 
 
+class ServerEmbedder(Server[Vectors]):
+    """A model behind an OpenAI-compatible server; a request is `batch_size` texts. It may refuse a long text.
+
+    Which texts share a request depends on their block alone, and vectors stand in the order of texts, whichever request
+    is answered first; only the server itself may differ in a last bit from one time to another. Its answers are kept
+    beside the blocks of `curate.embed`: a block is lost where a build is killed before it is whole, and is made anew
+    with another version of torch, and neither is to be paid for.
+    """
+
+    path = "embeddings"
+    mend = (
+        "mend what it names: a text that is too long (TEI cuts it with --auto-truncate), embed.batch_size, or the "
+        "model's name"
+    )
+
+    def __init__(self, config: EmbedConfig, cache: Path | None, pause: float = 0.5) -> None:
+        super().__init__(config, cache, pause)
+        self.batch_size = config.batch_size
+        self._dimension: int | None = None  # of the first answer
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Vectors [n, d]; the server's own pooling. What is cached needs neither key nor network.
+
+        Raises:
+            InputError: the server refuses a request, or gives no usable answer in all tries.
+        """
+        parts = [list(texts[at : at + self.batch_size]) for at in range(0, len(texts), self.batch_size)]
+        return np.concatenate(self._answers([self._batch(part) for part in parts]))
+
+    def _batch(self, texts: list[str]) -> Request:
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        body = {"model": self.config.model, "input": texts, "encoding_format": "float"}
+        return self._request(f"text {texts[0][:80]!r}{more}", body)
+
+    def _create(self, client: Any) -> Any:
+        return client.embeddings.with_raw_response.create
+
+    def _read(self, request: Request, response: Any) -> Vectors:
+        """The vector of each text, by `index`, of one length for as long as this object lives."""
+        texts = request.body["input"]
+        try:
+            found = {each["index"]: _numbers(each["embedding"]) for each in response["data"]}
+            vectors = [found[i] for i in range(len(texts))]
+        except (LookupError, TypeError):
+            raise ValueError(f"no vector with its index for each of {len(texts)} texts") from None
+        if len(response["data"]) != len(texts):
+            raise ValueError(f"{len(response['data'])} vectors for {len(texts)} texts")
+        dimension = self._dimension or len(vectors[0])
+        if odd := {len(vector) for vector in vectors} - {dimension}:
+            raise InputError(f"{self.base_url}: {self.config.model!r} gives vectors of {dimension} and of {odd.pop()} "
+                             "numbers", remedy=ANOTHER_MODEL)  # fmt: skip
+        unit = _unit(np.stack(vectors), texts, f"{self.base_url}: {self.config.model!r}")
+        self._dimension = dimension
+        return unit
+
+    def _kept(self, response: Any) -> Any:
+        """The vectors alone, in the base64 that this API knows too: a third of the digits."""
+        data = response["data"]
+        texts = [base64.b64encode(_numbers(each["embedding"]).tobytes()).decode() for each in data]
+        return {"data": [{"index": each["index"], "embedding": text} for each, text in zip(data, texts, strict=True)]}
+
+
 class Precomputed:
     """Vectors from a Parquet file with columns `text` (string) and `embedding` (list of floats)."""
 
@@ -211,6 +281,16 @@ def _unit(vectors: Vectors, texts: Sequence[str], name: str) -> Vectors:
         raise InputError(f"{name}: the vector of {text[:80]!r} has length {float(norms[bad.argmax(), 0])}",
                          remedy="empty texts and NaN cannot be embedded; mend the row or the model")  # fmt: skip
     return np.asarray(vectors / norms, np.float32)
+
+
+def _numbers(given: Any) -> Vectors:
+    """A vector as a server writes it: a list of numbers, or the base64 of float32."""
+    if isinstance(given, str):
+        return np.frombuffer(base64.b64decode(given, validate=True), "<f4")
+    if not all(type(number) in (int, float) for number in given):
+        raise ValueError("a vector holds something else than numbers")
+    with np.errstate(over="ignore"):  # infinite then, and reported as that
+        return np.asarray(given, "<f4")
 
 
 def _how(config: EmbedConfig) -> str:

@@ -130,9 +130,14 @@ class Similarity:
         if isinstance(embedder, Precomputed):
             raise InputError(
                 f"{KEY}.kind similarity embeds completions, and embed.backend precomputed knows the texts of its file",
-                remedy="use embed.backend sentence-transformers or lm, or another reward",
+                remedy="use embed.backend sentence-transformers, lm or api, or another reward",
             )
         self.embedder = embedder
+
+    @property
+    def stays(self) -> bool:
+        """True where the embedder is behind a server, which is asked from here whatever the engine is."""
+        return not isinstance(self.embedder, Travels)
 
     @cached_property
     def fingerprint(self) -> str:

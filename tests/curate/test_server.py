@@ -23,7 +23,8 @@ import pytest
 from curate.config import ModelConfig
 from curate.errors import InputError
 from curate.models.base import Prompt, Sampling
-from curate.models.server import ServerModel, _completion, _retry_after
+from curate.models.http import _retry_after
+from curate.models.server import ServerModel, _completion
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "sk-very-secret-0123456789"
