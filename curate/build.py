@@ -37,6 +37,7 @@ from curate.manifest import Manifest, ManifestError, read, write
 from curate.manifest.card import card
 from curate.manifest.io import REPORT, read_provenance
 from curate.manifest.licences import warning
+from curate.manifest.markdown import printable
 from curate.manifest.schema import SCHEMA_VERSION
 from curate.map import coordinates
 from curate.models import Embedder, open_embedder, open_generator, open_reward
@@ -166,9 +167,15 @@ class Build:
             self.screen.cached("read", f"{len(keyed)} tasks")
         with self._stage_unless_cached("read", [k for _, k in keyed], "rows") as advance:
             tasks = [self.read_task(task, sources[index], advance) for task, index in self.stream]
+        splits: dict[str, dict[str, None]] = {}  # of a task of the configuration, whose blocks are tasks here
         for each in tasks:
             if n := each.summary["dropped"]:
                 self.screen.note(f"{each.task.name}: {n:,} rows left out; drops.parquet lists each with its reason")
+            splits.setdefault(each.task.config.name, {}).update(dict.fromkeys(each.splits))
+        for name, found in splits.items():
+            if len(found) > 1:
+                named = ", ".join(printable(split)[:40] for split in [*found][:5]) + (", …" if len(found) > 5 else "")
+                self.screen.note(f"{name}: rows of splits {named}; no `split` given, so all of them are taken")
         return tasks
 
     def read_task(self, task: Task, source: SourceId, advance: Advance) -> TaskRows:

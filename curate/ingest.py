@@ -23,6 +23,7 @@ from curate.readers import BadRow, Row, read
 
 VERSION = 3
 PART = 16_384
+MOST_SPLITS = 100  # values of a split column that are remembered
 SORTED = 262_144, 1 << 26  # rows, and bytes on the disk, that are sorted at once
 
 CANDIDATE = pl.Struct({"text": pl.String, "rank": pl.Int32, "score": pl.Float64})
@@ -82,6 +83,15 @@ class TaskRows:
     @property
     def summary(self) -> dict[str, int]:
         """rows, instructions, dropped."""
+        return {name: n for name, n in self._facts.items() if name != "splits"}
+
+    @property
+    def splits(self) -> list[str]:
+        """Values of the split column, where the task chooses none of them."""
+        return list(self._facts.get("splits", ()))  # kept results may be of a version that did not look
+
+    @property
+    def _facts(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "summary.json").read_bytes()))
 
 
@@ -105,6 +115,7 @@ def _ingest(task: Task, base: Path, folder: Path, done: Callable[[int], None]) -
     drops: list[dict[str, Any]] = []
     texts: dict[str, _Instruction] = {}
     seen: set[bytes] = set()
+    splits: dict[str, None] = {}
     unsorted = folder / ".unsorted"
     unsorted.mkdir()
     for number, part in enumerate(_parts(read(task.config, base, task.block))):
@@ -123,13 +134,15 @@ def _ingest(task: Task, base: Path, folder: Path, done: Callable[[int], None]) -
                 continue
             seen.add(uid)
             fresh.append(sample)
+            if row.split is not None and len(splits) < MOST_SPLITS:
+                splits[row.split] = None
             found.rows += 1
             found.tags.update(row.tags or ())
         _frame(fresh).write_parquet(unsorted / f"{number:05d}.parquet")
         done(len(part))
     _sort(unsorted, len(seen), folder)
     shutil.rmtree(unsorted)
-    _finish(folder, drops, texts, len(seen))
+    _finish(folder, drops, texts, len(seen), [*splits] if task.config.split is None else [])
 
 
 @contextmanager
@@ -185,14 +198,16 @@ def _sort(unsorted: Path, rows: int, folder: Path) -> None:
         mine.sort("uid").write_parquet(folder / f"rows-{number:05d}.parquet", row_group_size=PART)
 
 
-def _finish(folder: Path, drops: list[dict[str, Any]], texts: dict[str, _Instruction], rows: int) -> None:
+def _finish(
+    folder: Path, drops: list[dict[str, Any]], texts: dict[str, _Instruction], rows: int, splits: list[str]
+) -> None:
     pl.DataFrame(drops, schema=DROPS.schema).write_parquet(folder / "drops.parquet")
     pl.DataFrame(
         sorted((found.uid, text, found.rows, sorted(found.tags)) for text, found in texts.items()),
         schema={"uid": pl.String, "instruction": pl.String, "rows": pl.Int64, "tags": pl.List(pl.String)},
         orient="row",
     ).write_parquet(folder / "instructions.parquet")
-    summary = {"rows": rows, "instructions": len(texts), "dropped": len(drops)}
+    summary = {"rows": rows, "instructions": len(texts), "dropped": len(drops), "splits": splits}
     (folder / "summary.json").write_bytes(canonical_json(summary))
 
 

@@ -11,7 +11,8 @@ import yaml
 
 from curate.config import BuildConfig
 from curate.errors import InputError
-from curate.readers import detect_format
+from curate.manifest.markdown import printable
+from curate.readers import detect_format, detect_splits
 
 DATA = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz", ".tsv",
         ".tsv.gz")  # fmt: skip
@@ -77,9 +78,20 @@ def _task(file: Path, base: Path, taken: set[str]) -> str:
         name, number = f"{stem}-{number}", number + 1
     taken.add(name.casefold())
     where = json.dumps(os.path.relpath(file, base), ensure_ascii=False)
-    if found := detect_format(file):
-        return f"  - {{name: {json.dumps(name)}, path: {where}, format: {found}}}\n"
-    return (
-        f"  # the columns of this file are not of a known format: name them\n"
-        f"  - {{name: {json.dumps(name)}, path: {where}, columns: {{instruction: INSTRUCTION, output: ANSWER}}}}\n"
-    )
+    found, splits = detect_format(file), detect_splits(file)
+    lines, keys = [], f"format: {found}"
+    if not found:
+        lines.append("the columns of this file are not of a known format: name them")
+        keys = "columns: {instruction: INSTRUCTION, output: ANSWER}"
+    if "train" in splits and len(splits) > 1:
+        lines.append(f"rows of other splits are left out: {_few([s for s in splits if s != 'train'])}")
+        keys += ", split: train"
+    elif splits and "train" not in splits:
+        lines.append(f"all rows are taken; to take one of its splits add `split`: {_few(splits)}")
+    comments = "".join(f"  # {line}\n" for line in lines)
+    return f"{comments}  - {{name: {json.dumps(name)}, path: {where}, {keys}}}\n"
+
+
+def _few(splits: list[str]) -> str:
+    """Names of splits for a comment."""
+    return ", ".join(printable(split)[:40] for split in splits[:10]) + (", …" if len(splits) > 10 else "")

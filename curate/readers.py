@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from curate.config import Format, TaskConfig
 from curate.errors import InputError
@@ -36,12 +37,14 @@ from curate.values import (
     required,
 )
 
-__all__ = ["BadRow", "Candidate", "Row", "SourceId", "detect_format", "identify", "read", "split_counts", "time_blocks"]
+__all__ = ["BadRow", "Candidate", "Row", "SourceId", "detect_format", "detect_splits", "identify", "read",
+           "split_counts", "time_blocks"]  # fmt: skip
 
 T = TypeVar("T")
 
 _MEND = "mend the row, or leave such rows out with `bad_rows: drop`"
 _MAX_SPLITS = 100  # distinct values of a split column that are remembered for an error
+_AHEAD = 1_000  # rows that are looked at for a column that the first one lacks
 _YEAR_OR_MONTH = re.compile(r"\d{4}(-(0[1-9]|1[0-2]))?", re.ASCII)
 _BLOCK_LENGTH = {"year": 4, "month": 7, "day": 10}
 
@@ -52,6 +55,7 @@ class Row:
 
     `row` counts from 1: the line of a JSONL file, else the record (the header of a CSV is not one).
     A message is {role, content} and, where the source has them, tool_calls (JSON of the list), tool_call_id, name.
+    `split` is what the split column holds, if it is a text.
     """
 
     row: int
@@ -63,6 +67,7 @@ class Row:
     license: str | None
     tags: list[str] | None
     candidates: list[Candidate]
+    split: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,11 @@ def time_blocks(task: TaskConfig, base: Path) -> list[str]:
 
 
 def split_counts(task: TaskConfig, base: Path) -> dict[str, int]:
-    """How many rows each value of the split column has, in the order of appearance. One pass over the source."""
+    """How many rows each value of the split column has, in the order of appearance. One pass over the source.
+
+    Raises:
+        InputError: as `read`.
+    """
     names, counts = names_of(task), dict[str, int]()
     every = records(task.model_copy(update={"split": None}), base)
     for _, value, _ in _apply(every, task, names, ["split"], lambda _, r: str(required(r, names, "split"))):
@@ -128,11 +137,28 @@ def detect_format(path: Path) -> Format | None:
     """
     if path.is_file() and file_kind(path.name) is None:
         return None
-    probe = TaskConfig.model_validate({"name": "probe", "path": str(path), "format": "text"})
+    return detect(_first(_probe(path)))
+
+
+def detect_splits(path: Path) -> list[str]:
+    """The values of the column `split`, in the order of appearance; none where the first row has no such column.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    probe = _probe(path)
+    return list(split_counts(probe, Path())) if "split" in _first(probe) else []
+
+
+def _probe(path: Path) -> TaskConfig:
+    return TaskConfig.model_validate({"name": "probe", "path": str(path), "format": "text", "bad_rows": "drop"})
+
+
+def _first(probe: TaskConfig) -> Record:
     row, record, _ = next(records(probe, Path()))
     if isinstance(record, RowFault):
         raise _error(probe, row, record)
-    return detect(record)
+    return cast(Record, record)
 
 
 # ------------------------------------------------------------------------------------------------ rows of a task
@@ -148,13 +174,19 @@ def _rows(task: TaskConfig, base: Path, names: Names, block: str | None = None) 
 
 
 def _apply(
-    items: Iterable[Item], task: TaskConfig, names: Names, needs: Iterable[str], convert: Callable[[int, Record], T]
+    items: Iterable[Item],
+    task: TaskConfig,
+    names: Names,
+    needs: Iterable[str],
+    convert: Callable[[int, Record], T],
+    there: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[int, T | RowFault, Any]]:
     """Each record converted; a fault takes its place, or stops the run. All that `bad_rows` means is here.
 
-    A column of `needs` that already the first record lacks is a wrong column map, and stops the run in any case.
+    A column of `needs` that the first record lacks, and those behind it too, is a wrong column map, and stops the run
+    in any case. `there`: keys of columns of which it is known that some rows have them.
     """
-    first, stop = True, task.bad_rows == "error"
+    first, stop, items = True, task.bad_rows == "error", iter(items)
     for row, record, raw in items:
         result: T | RowFault
         if isinstance(record, RowFault):
@@ -167,14 +199,22 @@ def _apply(
                 result = convert(row, record)
             except RowFault as fault:
                 result = fault.at(record, names)
-        if isinstance(result, RowFault) and (stop or (first and isinstance(result, MissingColumn))):
+        if first and isinstance(result, MissingColumn) and result.missing not in there:
+            ahead = list(islice(items, _AHEAD))
+            if not any(name in other for _, other, _ in ahead if isinstance(other, dict)
+                       for name in names[result.missing]):  # fmt: skip
+                raise _error(task, row, result, result.remedy)
+            if not stop:
+                yield row, result, raw
+                yield from _apply(chain(ahead, items), task, names, needs, convert, there | {result.missing})
+                return
+        if stop and isinstance(result, RowFault):
             raise _error(task, row, result)
-        first = first and isinstance(record, RowFault)
+        first = first and (isinstance(record, RowFault) or isinstance(result, MissingColumn))
         yield row, result, raw
 
 
-def _error(task: TaskConfig, row: int, fault: RowFault) -> InputError:
-    remedy = fault.remedy if isinstance(fault, MissingColumn) else _MEND
+def _error(task: TaskConfig, row: int, fault: RowFault, remedy: str = _MEND) -> InputError:
     return InputError(f"{task.path}: row {row}: {fault.where()}{fault.reason}", remedy=remedy)
 
 
@@ -191,7 +231,9 @@ def _sampler(task: TaskConfig, names: Names) -> Callable[[int, Record], Row]:
         tools = as_json_list(optional(record, names, "tools"), "tools")
         license = _side(as_license, record, names, "license", mapped)
         tags = _side(as_tags, record, names, "tags", mapped)
-        return Row(row, instruction, prompt, completion, references, tools, license, tags, candidates)
+        split = optional(record, names, "split")
+        split = split if isinstance(split, str) else None
+        return Row(row, instruction, prompt, completion, references, tools, license, tags, candidates, split)
 
     return sample
 

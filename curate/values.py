@@ -46,6 +46,7 @@ class MissingColumn(RowFault):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         has = ", ".join(map(str, record)) or "no columns"
         super().__init__(f"no column {name!r}{hint} (the row has: {has})")
+        self.missing = key
         self.remedy = f"columns: {{{key}: {near[0] if near else '<name>'}}}"
 
 

@@ -28,6 +28,7 @@ from curate.readers import (
     Row,
     SourceId,
     detect_format,
+    detect_splits,
     identify,
     read,
     split_counts,
@@ -231,6 +232,7 @@ def test_superni(tmp_path: Path) -> None:
     assert row == Row(
         row=1, instruction="Add.", prompt=[user("Add.\n\n1 + 2")], completion=[assistant("3")],
         references=["3", "three"], tools=None, license="MIT; CC0", tags=None, candidates=[],
+        split=None,
     )  # fmt: skip
 
 
@@ -498,6 +500,12 @@ def test_rows_of_other_splits_are_left_out_and_not_looked_at(tmp_path: Path) -> 
     jsonl(tmp_path, {"split": "test", "instruction": "no output"}, {**ALPACA, "split": "train"}, {"split": "test"})
     assert [r.row for r in rows(tmp_path, task(split="train"))] == [2]
     assert split_counts(task(), tmp_path) == {"test": 2, "train": 1}
+    assert detect_splits(tmp_path / "data.jsonl") == ["test", "train"]
+
+
+def test_splits_of_a_file_without_such_a_column(tmp_path: Path) -> None:
+    jsonl(tmp_path, ALPACA, {**ALPACA, "split": "train"})
+    assert detect_splits(tmp_path / "data.jsonl") == []
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -591,15 +599,25 @@ def test_a_mapped_column_that_the_format_does_not_read(tmp_path: Path) -> None:
 def test_a_column_missing_later_is_a_fault_of_that_row(tmp_path: Path) -> None:
     jsonl(tmp_path, ALPACA, {"instruction": "Add."})
     says(fault(tmp_path, task()), "row 2: no column 'output'")
+    says(fault(tmp_path, task()), "remedy: mend the row, or leave such rows out with `bad_rows: drop`")
     good, bad = read(task(bad_rows="drop"), tmp_path)
     assert isinstance(good, Row) and isinstance(bad, BadRow)
     says(bad.reason, "no column 'output'")
+
+
+def test_the_first_rows_may_lack_what_others_have(tmp_path: Path) -> None:
+    jsonl(tmp_path, {"instruction": "Add."}, {"output": "3"}, {"instruction": "Add."}, {**ALPACA, "tags": ["sum"]})
+    says(fault(tmp_path, task()), "row 1: no column 'output'", "remedy: mend the row, or leave")
+    for config in (task(bad_rows="drop"), task(bad_rows="drop", columns={"tags": "tags"})):
+        assert [(r.row, type(r)) for r in read(config, tmp_path)] == [(1, BadRow), (2, BadRow), (3, BadRow), (4, Row)]
+    says(fault(tmp_path, task(bad_rows="drop", columns={"tags": "tag"})), "no column 'tag'", "columns: {tags: ")
 
 
 TWO = [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]
 TALK = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], '
 FAULTS: list[tuple[str, Any, list[str]]] = [
     ("alpaca", "{", ["not JSON: Expecting property name", "at column 2", "'{'"]),
+    ("alpaca", '{"instruction": "a', ["not JSON: Unterminated string at column 17: "]),
     ("alpaca", '{"instruction": "a", "output" 1}', ["not JSON", "at column 31", '"output" 1}']),
     ("alpaca", "[1, 2]", ["not a JSON object but a list", "'[1, 2]'"]),
     ("alpaca", '"text"', ["not a JSON object but a text"]),

@@ -511,6 +511,7 @@ def test_a_newer_schema_is_refused(shipped, tmp_path):
         ("tasks.9.name=x", ["is not a place in a list of 3"]),
         ("tasks.0.path=gone.jsonl", ["gone.jsonl", "no such file"]),
         ("embed.model=./nowhere/at-all", ["embed.model", "neither a folder nor a model"]),
+        ("embed.model=examples/startr", ["neither a folder", "; did you mean 'examples/starter'?"]),
         ("tags.tagger=column", ["tags.tagger is 'column'", "columns: {tags: NAME}"]),
         ("replay.selector=best", ["replay.selector", "inscl"]),
     ],
@@ -630,6 +631,23 @@ def test_init_writes_a_config_that_builds(write_jsonl, tmp_path):
     assert done.returncode == 0, done.stderr
     fails(curate("init", tmp_path), "is there already")
     fails(curate("init", tmp_path / "gone"), "not a folder")
+
+
+def test_rows_that_are_held_out_are_not_trained_on_unasked(write_jsonl, tmp_path):
+    def put(name, *splits):
+        write_jsonl(name, [{"instruction": f"say {i}", "output": str(i), "split": s} for i, s in enumerate(splits)])
+
+    put("a.jsonl", "train", "test", "train", "dev\n  - x"), put("b.jsonl", "test", "dev"), put("c.jsonl", "train")
+    assert curate("init", tmp_path).returncode == 0
+    text = (tmp_path / "config.yaml").read_text()
+    assert "  # rows of other splits are left out: test, dev" in text and text.count("split: train") == 1
+    assert "  # all rows are taken; to take one of its splits add `split`: test, dev\n" in text
+    quick = [f"out={tmp_path}/run", "replay={selector: uniform, per_task: 1}"]
+    for _ in range(2):  # the second build reads nothing again
+        done = curate("build", tmp_path / "config.yaml", *quick)
+        assert done.returncode == 0, done.stderr
+        assert "b: rows of splits test, dev; no `split` given" in done.stderr and "a: rows" not in done.stderr
+    assert pl.read_parquet(tmp_path / "run/tasks.parquet").sort("stage")["rows"].to_list() == [2, 2, 1]
 
 
 # --- what attackers found ---
