@@ -155,8 +155,12 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
-        return f"unknown key {place!r}{_nearest(error['loc'], known, model)}. Known here: {', '.join(known)}"
+        near = _nearest(error["loc"], known, model)
+        return f"unknown key {place!r}{near}{'' if near.endswith('?') else '.'} Known here: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        keys = _keys_at(model, error["loc"])
+        message = f"a section with keys of its own is wanted ({', '.join(keys)}), as in {place}.{keys[0]}=VALUE"
     given = error.get("input")
     if place.endswith("api_key_env"):
         return f"{place}: give the NAME of an environment variable; what was given is not shown, it may be a key"
@@ -180,7 +184,7 @@ def _nearest(location: Sequence[str | int], known: list[str], model: type[BaseMo
 
 def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     for part in location:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # the number of an item, or a kind of a union
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]

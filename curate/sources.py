@@ -209,7 +209,8 @@ def _json_fault(error: Exception, whole: bool = True) -> str:
     """What is wrong, and where if the whole line was parsed."""
     if isinstance(error, json.JSONDecodeError):
         place = f" at column {error.pos + 1}" if whole else ""
-        return f"not JSON: {error.msg}{place}: {_excerpt(error.doc, error.pos)}"
+        what = error.msg.removesuffix(" at").removesuffix(" starting")  # Unterminated string starting at
+        return f"not JSON: {what}{place}: {_excerpt(error.doc, error.pos)}"
     return f"not usable JSON: {_first_line(error)}"
 
 

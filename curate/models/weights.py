@@ -6,6 +6,7 @@ not the tensors, so that a fingerprint is known before anything is loaded.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.resources
 import json
@@ -46,7 +47,7 @@ def model_folder(model: str, base: Path, where: str = "embed.model", whole: bool
     if model == MINILM:
         return _minilm(where), model
     local = [f for f in (base / model, Path(model)) if any((f / n).is_file() for n in (*_CONFIGS, _ADAPTER))]
-    folder = local[0] if local else _hub_snapshot(model, where)
+    folder = local[0] if local else _hub_snapshot(model, base, where)
     _refuse_pickle(folder, where, model)
     if whole and is_adapter(folder):
         raise InputError(
@@ -219,7 +220,7 @@ def _minilm(where: str) -> Path:
     return folder
 
 
-def _hub_snapshot(model: str, where: str) -> Path:
+def _hub_snapshot(model: str, base: Path, where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -231,8 +232,19 @@ def _hub_snapshot(model: str, where: str) -> Path:
         if where == "embed.model":
             remedy += f"; or use {MINILM!r}, which is installed with this package"
         raise InputError(
-            f"{where} {model!r}: neither a folder nor a model that can be had ({type(error).__name__})", remedy=remedy
-        ) from None
+            f"{where} {model!r}: neither a folder nor a model that can be had ({type(error).__name__})"
+            f"{_near(model, base)}", remedy=remedy
+        ) from None  # fmt: skip
+
+
+def _near(model: str, base: Path) -> str:
+    """A hint at the folder that was probably meant."""
+    for start in (base, Path()):
+        above = (start / model).parent
+        there = [p.name for p in above.iterdir() if p.is_dir()] if above.is_dir() else []
+        if near := difflib.get_close_matches(Path(model).name, there, n=1):
+            return f"; did you mean {str(Path(model).with_name(near[0]))!r}?"
+    return ""
 
 
 def _refuse_pickle(folder: Path, where: str, model: str) -> None:

@@ -39,7 +39,8 @@ def test_one_size_replaces_another(tmp_path):
 @pytest.mark.parametrize(
     ("data", "override", "words"),
     [
-        ({"tasks": [TASK], "sed": 1}, None, "did you mean 'seed'"),
+        ({"tasks": [TASK], "sed": 1}, None, "did you mean 'seed'? Known here: name, "),
+        ({"tasks": [TASK], "replay": False}, None, "replay: a section with keys of its own is wanted (selector, "),
         ({"tasks": [TASK]}, "tasks.0.pth=x", "did you mean 'tasks.0.path'"),
         ({"tasks": [TASK]}, "replay.selektor=x", "did you mean 'replay.selector'"),
         ({"tasks": [TASK], "replay": {"budget": 1, "ratio": 0.5}}, None, "give one of budget, per_task and ratio"),
