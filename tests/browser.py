@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,6 +21,29 @@ WATCH = """
 window.violations = [];
 addEventListener('securitypolicyviolation', (event) => window.violations.push(event.violatedDirective));
 window.alert = window.confirm = window.prompt = () => { window.hacked = 1; };
+"""
+PAINTED = """
+const css = (node, name) => getComputedStyle(node)[name];
+const card = css(document.querySelector('.card'), 'backgroundColor'), root = getComputedStyle(document.documentElement);
+const runs = [...Array(12)].map((_, i) => [root.getPropertyValue(`--run-${i + 1}`).trim(), card]);
+const lines = [...document.querySelectorAll('.js-line')].map((n) => [css(n, 'stroke'), card]);
+const cells = [...document.querySelectorAll('.heatmap-label text')].flatMap((n) =>
+  n.closest('.canvas')._fullData[0].colorscale.map(([, end]) => [css(n, 'fill'), end]));
+return [...runs, ...lines, ...cells];
+"""
+CUT = """
+const shown = (selector) => [...document.querySelectorAll(selector)].filter((n) => n.getClientRects().length);
+document.querySelectorAll('.scroll').forEach((n) => { n.scrollLeft = 40; });
+const captions = shown('caption span').filter((n) => {
+  const box = n.getBoundingClientRect();
+  return box.left < 0 || box.right > innerWidth;
+});
+const broken = shown('tbody th').filter((n) => {
+  const range = document.createRange();
+  range.selectNodeContents(n);
+  return !/\\s/.test(n.textContent) && range.getBoundingClientRect().height > 1.6 * range.getClientRects()[0].height;
+});
+return [...captions, ...broken].map((n) => n.textContent);
 """
 
 
@@ -68,6 +92,29 @@ def until(what, seconds=20.0):
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.05)
     return found
+
+
+def contrast(one, other):
+    """Of two opaque colours as CSS has them, by WCAG: 1 to 21."""
+
+    def luminance(colour):
+        found = re.findall(r"[\d.]+", colour) if "(" in colour else [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        parts = [float(x) / 255 for x in found[:3]]
+        r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return high / low
+
+
+def unreadable(chrome):
+    """(colour, behind it) of lines, of runs' colours, and of numbers in heat maps, where the contrast is below 4.5."""
+    return [pair for pair in js(chrome, PAINTED) if contrast(*pair) < 4.5]
+
+
+def cut_off(chrome):
+    """Texts of captions that do not lie in the window, and of row heads that break inside a word."""
+    return js(chrome, CUT)
 
 
 def js(chrome, code, *arguments):

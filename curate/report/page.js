@@ -1,7 +1,7 @@
 "use strict";
 // Draws the page from its JSON. Text of the data reaches the DOM as text nodes only; what the eye would not see in it
 // (control characters, marks of direction) is shown by its number. Plots wait until they come into view, and the library
-// that draws them until the page has nothing else to do.
+// that draws them until the page has nothing else to do; a plot whose width has changed is drawn anew.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const INVISIBLE = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e01ef}])/u;
@@ -37,6 +37,7 @@
   const count = (n) => n.toLocaleString("en");
   const real = (x, digits = 4) => (x === undefined ? "–" : x.toFixed(digits));
   const short = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
+  const tied = (text) => text.replace(/(\d) %/g, "$1\u00a0%");
   const spaced = (name) => name.replaceAll("_", " ");
   const chip = (bucket) => make("span", { class: "chip", "data-bucket": bucket }, spaced(bucket));
 
@@ -48,7 +49,7 @@
     root.dataset.theme = dark ? "dark" : "light";
     toggle.textContent = dark ? "Light" : "Dark";
     toggle.setAttribute("aria-label", `Change to ${dark ? "light" : "dark"} colours`);
-    for (const plot of drawn) seen.observe(plot.canvas); // drawn anew once they are in view
+    for (const { canvas } of drawn) seen.observe(canvas); // drawn anew once they are in view
   };
   prefers.addEventListener("change", () => theme(prefers.matches));
 
@@ -66,7 +67,8 @@
   };
   const draw = (plot) => {
     drawn.add(plot);
-    const narrow = plot.canvas.clientWidth < 520;
+    sized.observe(plot.canvas);
+    const width = plot.width = plot.canvas.clientWidth, narrow = width < 520;
     const free = plot.spec.id === "map" || plot.spec.id === "plane";
     const axis = { gridcolor: colour("line"), linecolor: colour("line"), zerolinecolor: colour("line"), automargin: true, fixedrange: !free, ticks: "" };
     const { xaxis, yaxis, ...layout } = painted(plot.spec.layout);
@@ -78,9 +80,9 @@
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("muted"), align: "left", font: { color: colour("ink") } },
       dragmode: free && !matchMedia("(pointer: coarse)").matches ? "zoom" : false,
       transition: { duration: 0 },
-      ...layout, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
+      ...layout, width, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis, title: { standoff: 12, ...yaxis?.title } },
     };
-    const config = { displayModeBar: false, responsive: true, doubleClick: "reset", showTips: false };
+    const config = { displayModeBar: false, doubleClick: "reset", showTips: false };
     const traces = painted(plot.spec.traces);
     if (narrow) for (const trace of traces) if (trace.colorbar) trace.showscale = false;
     Plotly.react(plot.canvas, traces, spec, config);
@@ -91,33 +93,55 @@
   };
   const queue = new Set();
   const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
+  const library = () => document.head.append(Object.assign(document.createElement("script"), { textContent: document.getElementById("plotly").textContent }));
   const work = () => {
-    if (!window.Plotly) document.head.append(Object.assign(document.createElement("script"), { textContent: document.getElementById("plotly").textContent }));
+    if (!window.Plotly) library();
     else for (const plot of [...queue].slice(0, 1)) {
       queue.delete(plot);
       draw(plot);
     }
     if (queue.size) idle(work);
   };
+  const later = (plot) => {
+    if (!queue.size) idle(work);
+    queue.add(plot);
+  };
   const seen = new IntersectionObserver((entries) => {
-    const waiting = queue.size;
     for (const { target, isIntersecting } of entries) if (isIntersecting) {
       seen.unobserve(target);
-      queue.add(target.plot);
+      later(target.plot);
     }
-    if (!waiting && queue.size) idle(work);
   }, { rootMargin: "300px" });
+  const sized = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (target.clientWidth && target.clientWidth !== target.plot.width) later(target.plot);
+  });
+
+  // --- on paper: all of them, as wide as a sheet, in light colours ---
+
+  let dark = false;
+  addEventListener("beforeprint", () => {
+    dark = root.dataset.theme === "dark";
+    root.toggleAttribute("data-printing", true);
+    theme(false);
+    const canvases = document.querySelectorAll(".canvas");
+    if (canvases.length && !window.Plotly) library();
+    for (const { plot } of canvases) draw(plot);
+  });
+  addEventListener("afterprint", () => {
+    root.toggleAttribute("data-printing", false);
+    theme(dark);
+  });
 
   // --- sections ---
 
   const table = (spec, extra = "") => {
     const numbers = new Set(spec.numbers);
     const first = spec.header.findIndex((_, i) => !numbers.has(i));
-    const kind = (i) => (numbers.has(i) ? "n" : spec.header.length > 1 && i !== first ? "long" : null);
+    const kind = (i) => (numbers.has(i) ? "n" : i !== first && spec.rows.some((row) => row[i].length > 24) ? "long" : null);
     const body = spec.rows.map((row) => make("tr", {}, row.map((cell, i) => (
       i === first ? make("th", { scope: "row" }, cell) : make("td", { class: kind(i) }, cell)))));
     return make("div", { class: "scroll " + (body.length > 20 ? "tall " : "") + extra, tabindex: 0, role: "region", "aria-label": spec.caption },
-      make("table", {}, make("caption", {}, spec.caption),
+      make("table", {}, make("caption", {}, make("span", {}, tied(spec.caption))),
         make("thead", {}, make("tr", {}, spec.header.map((name, i) => make("th", { scope: "col", class: kind(i) }, name)))),
         make("tbody", {}, body)));
   };
@@ -127,11 +151,11 @@
     canvas.plot = { spec, canvas };
     return make("figure", { class: spec.half ? "card half" : "card", id: spec.id },
       make("figcaption", {}, make("h3", {}, spec.title)), canvas,
-      spec.note ? make("p", { class: "note" }, spec.note) : null,
+      spec.note ? make("p", { class: "note" }, tied(spec.note)) : null,
       spec.table ? make("details", {}, make("summary", {}, "The figures as a table"), table(spec.table)) : null);
   };
   const section = (spec) => make("section", { id: spec.id, "aria-labelledby": spec.id + "-title" },
-    make("h2", { id: spec.id + "-title" }, spec.title), spec.says.map((text) => make("p", {}, text)),
+    make("h2", { id: spec.id + "-title" }, spec.title), spec.says.map((text) => make("p", {}, tied(text))),
     make("div", { class: "parts" }, spec.parts.map((part) => (part.traces ? figure(part) : make("div", { class: part.half ? "card half" : "card" }, table(part))))));
 
   // --- samples ---
@@ -144,10 +168,10 @@
     ...[...(row.prompt ?? []), ...(row.completion ?? [])].map((m) => m[1]), ...(row.answers ?? []).map((a) => a.text)].join("\n").toLowerCase());
   const COLUMNS = [
     { name: "sample", key: (row) => row.uid },
-    { name: "task", key: (row) => row.task },
-    { name: "origin", key: (row) => row.origin },
     { name: "text", key: asked, long: true },
     { name: "answer", key: answered, long: true },
+    { name: "task", key: (row) => row.task },
+    { name: "origin", key: (row) => row.origin },
     { name: "InsInfo", key: (row) => row.insinfo, number: true },
     { name: "best reward", key: (row) => row.reward, number: true },
     { name: "buckets", key: (row) => row.buckets?.join() },
@@ -205,9 +229,10 @@
     heads.forEach((head, i) => head.setAttribute("aria-sort", COLUMNS[i] !== state.column ? "none" : state.down ? "descending" : "ascending"));
     const pages = Math.max(1, Math.ceil(state.found.length / PAGE));
     state.page = Math.min(Math.max(0, state.page), pages - 1);
-    body.replaceChildren(...state.found.slice(state.page * PAGE, (state.page + 1) * PAGE).map(line));
+    const here = state.found.slice(state.page * PAGE, (state.page + 1) * PAGE).map(line);
+    body.replaceChildren(...(here.length ? here : [make("tr", {}, make("td", { colspan: COLUMNS.length }, "No row matches."))]));
     told.textContent = `${count(state.found.length)} of ${count(rows.length)} rows`;
-    where.textContent = `page ${count(state.page + 1)} of ${count(pages)}`;
+    where.textContent = here.length ? `page ${count(state.page + 1)} of ${count(pages)}` : "";
     back.disabled = state.page === 0;
     on.disabled = state.page === pages - 1;
   };
@@ -283,7 +308,7 @@
     make("nav", { "aria-label": "Sections" }, make("div", { class: "wrap" }, make("ul", {}, parts.map(([id, name]) => make("li", {}, make("a", { href: "#" + id }, name)))))),
     make("main", { class: "wrap" },
       make("section", { id: "summary", "aria-label": "Summary" }, make("dl", { class: "tiles" }, data.tiles.map(([number, name, remark]) => make("div", {}, make("dt", {}, name), make("dd", {}, number), make("dd", { class: "remark" }, remark)))),
-        make("div", { class: "says" }, data.says.map((text) => make("p", {}, text)))),
+        make("div", { class: "says" }, data.says.map((text) => make("p", {}, tied(text))))),
       data.sections.map(section), data.samples ? samples() : null),
     make("footer", { class: "wrap" }, make("p", {}, data.note)), dialog);
   theme(prefers.matches);

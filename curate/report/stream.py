@@ -65,6 +65,7 @@ def _heat(far: pl.DataFrame, newest: str, table: Table) -> Plot:
         "y": list(range(len(values))),
         "text": [[real(v)] for v in values],
         "texttemplate": "%{text}",
+        "textfont": {"color": "@ink"},
         "hovertext": [[f"{label(t)}: {real(v)}"] for t, v in zip(names, values, strict=True)],
         "hoverinfo": "text",
         "colorscale": "@sequential",

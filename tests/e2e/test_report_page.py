@@ -8,7 +8,7 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 from itertools import pairwise
 
 import pytest
-from browser import MISSING, WATCH, browser, js, until, visit
+from browser import MISSING, WATCH, browser, cut_off, js, unreadable, until, visit
 from report_manifest import hostile, made
 
 from curate.report import report
@@ -144,6 +144,8 @@ def test_filters_change_the_count_rightly(made_run):
         for (name, value), n in expected.items():
             fill(chrome, name, value)
             assert told(chrome) == (n, samples.height), (name, value)
+            shown = js(chrome, "return document.getElementById('samples').textContent")
+            assert ("No row matches." in shown) == (not n) and ("page 1 of" in shown) == bool(n)
             fill(chrome, name, "")
         fill(chrome, "task", "1")
         fill(chrome, "tag", tag)
@@ -255,6 +257,24 @@ def test_light_and_dark_by_preference_and_by_button(made_run, dark):
         js(chrome, "document.getElementById('theme').click()")
         assert (brightness() < 60) != dark
         until(lambda: (brightness(ink, "fill") > 180) != dark)
+        for name in ("distances", "curve"):
+            drawn(chrome, name)
+        assert unreadable(chrome) == []
+
+
+def test_printing_draws_every_plot_as_wide_as_a_sheet(made_run):
+    _, page = made_run
+    svgs = "return [...document.querySelectorAll('.canvas')].map((c) => c.querySelector('.main-svg')?.clientWidth)"
+    with visit(page, width=1440, dark=True) as chrome:
+        js(chrome, """
+            addEventListener('beforeprint', () => { window.light = document.documentElement.dataset.theme; });
+            addEventListener('beforeprint', () => { window.drawn = (() => { SVGS })(); });
+            """.replace("SVGS", svgs))  # fmt: skip
+        chrome.execute_cdp_cmd("Page.printToPDF", {})
+        widths = js(chrome, "return window.drawn")
+        assert len(widths) == len(PLOTS) and all(400 < width <= 700 for width in widths)
+        assert js(chrome, "return [window.light, document.documentElement.dataset.theme]") == ["light", "dark"]
+        until(lambda: all(width > 400 for width in js(chrome, svgs)) and max(js(chrome, svgs)) > 1000)
 
 
 @pytest.mark.parametrize("width", [320, 1440])
@@ -273,9 +293,13 @@ def test_no_sideways_scroll_of_the_page(made_run, width):
         js(chrome, "document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         js(chrome, "document.querySelector('#samples tbody tr').click()")
         assert js(chrome, "return document.documentElement.scrollWidth") <= width
+        assert cut_off(chrome) == []
         box = js(chrome, "const b = document.querySelector('dialog').getBoundingClientRect(); return [b.left, b.right]")
         assert 0 <= box[0] and box[1] <= width
         assert js(chrome, "const d = document.querySelector('dialog'); return d.scrollWidth - d.clientWidth") <= 0
+        js(chrome, "document.querySelector('dialog').close(); document.body.style.width = '300px'")
+        wide = "return [...document.querySelectorAll('.main-svg')].map((n) => n.clientWidth)"
+        until(lambda: max(js(chrome, wide)) < 300)  # drawn anew for the room that is left
 
 
 def test_what_a_screen_reader_finds(made_run):
