@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from browser import MISSING, js, until, visit
+from browser import MISSING, cut_off, js, unreadable, until, visit
 from commands import called
 from rich.console import Console
 from test_run import ROOT, STARTER
@@ -170,6 +170,7 @@ def test_the_page_in_a_browser(place, done, width, dark):
             js(chrome, f"{plot}.scrollIntoView({{behavior: 'instant'}})")
             until(partial(js, chrome, f"return !!{plot}.querySelector('.main-svg')"))
         assert js(chrome, "return document.documentElement.scrollWidth") <= width
+        assert unreadable(chrome) == [] and cut_off(chrome) == []
         rows = js(chrome, "return [...document.querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => "
                           "c.textContent))")  # fmt: skip
         for run in ends.iter_rows(named=True):

@@ -27,8 +27,7 @@ from train.stream.results import difference, ends, spread, written
 
 FILE, CURVES = "stream.html", "curves.svg"
 MOST_MATRICES = 24
-COLOURS = ("#5346b4", "#0c8a74", "#c2581f", "#2a6bd0", "#b8326b", "#8a7400", "#4f9a3c", "#8a5bd1", "#1f8fb0", "#a05a3c",
-           "#d14b4b", "#6b7680")  # fmt: skip
+COLOURS = [f"@run-{n}" for n in range(1, 13)]
 DASHES = ("solid", "dash", "dot")
 NAMES = {"relative_gain": "relative gain, %", "average_performance": "mean score of the tasks so far"}
 
@@ -84,6 +83,18 @@ def _measure(table: pl.DataFrame) -> str:
     return "relative_gain" if ends(table)["relative_gain"].drop_nulls().len() else "average_performance"
 
 
+def _nothing(table: pl.DataFrame) -> str:
+    """Says which tasks score nothing when they are trained alone; empty where none does.
+
+    >>> _nothing(pl.DataFrame({"tasks": [["a", "b"], ["b", "a"]], "upper": [[0.0, 0.5], [0.5, 0.0]]}))
+    '“a” scores 0 when it is trained alone'
+    """
+    bounds = table.select("tasks", "upper").explode("tasks", "upper").filter(pl.col("upper") < LEAST)
+    names = [f"“{short(name)}”" for name in bounds["tasks"].unique(maintain_order=True)]
+    verb = "scores 0 when it is" if len(names) == 1 else "score 0 when each is"
+    return f"{', '.join(names)} {verb} trained alone" if names else ""
+
+
 def _tiles(plan: Plan, table: pl.DataFrame, through: int, every: int) -> list[tuple[str, str, str]]:
     runs = [run for run in plan.runs if run.kind == "run"]
     seeds, tasks = len({run.seed for run in runs}), len(runs[0].tasks)
@@ -115,8 +126,8 @@ def _sentences(table: pl.DataFrame, names: list[str], against: dict[str, str], t
                        if low > 0 or high < 0 else
                        f"“{short(name)}” and “{short(other)}” cannot be told apart by these seeds")  # fmt: skip
             says.append(f"{verdict}: {shown} (95 %, {plural(found['pairs'], 'seed')}).")
-    if (table["upper"].explode() < LEAST).any():
-        says.append("A task that is trained alone scores 0: from the stage behind it on there is no relative gain.")
+    if nothing := _nothing(table):
+        says.append(f"{nothing}: from the stage behind it on there is no relative gain.")
     if through < every:
         says.append(f"{every - through} of {plural(every, 'run')} are not through; they are shown as far as they are.")
     return says
@@ -164,9 +175,11 @@ def _gains(table: pl.DataFrame, names: list[str]) -> Section:
     ended = Table(caption, header, rows, list(range(1, len(header))))
     layout = {"height": 440, "xaxis": {"title": {"text": "stage"}, "tickvals": sorted(reached)},
               "yaxis": {"title": {"text": NAMES[measure]}, "rangemode": "tozero"}, "showlegend": True}  # fmt: skip
+    nothing = _nothing(table)
+    why = f"There is no relative gain: {nothing}" if nothing else "Relative gain needs each task trained alone"
     says = ["Relative gain after stage i: the mean, over the tasks before i, of a task's score as a share of what it "
             "reaches when it is trained alone. 100 % = nothing is forgotten."
-            if measure == "relative_gain" else "Mean score of the tasks so far; no upper bound is known."]  # fmt: skip
+            if measure == "relative_gain" else f"Mean score of the tasks so far. {why}."]  # fmt: skip
     alt = f"{NAMES[measure]} by stage, {plural(len(names), 'line')}."
     note = "Bars are one standard deviation over seeds." if spreads else ""
     plot = Plot("gain", NAMES[measure].capitalize(), alt, traces, layout, None, note)
@@ -210,9 +223,8 @@ def _differences(table: pl.DataFrame, against: dict[str, str]) -> Section:
         else "With one seed nothing can be said of chance."
     )
     says = [f"Seed by seed: what two runs of one seed have in common is no part of their difference. {chance}"]
-    plot = Plot(
-        "difference", "Differences with their intervals", f"{plural(len(kept), 'difference')}.", [trace], layout, table_
-    )
+    heading = "Differences with their intervals" if seeds > 1 else "Differences of one seed, without intervals"
+    plot = Plot("difference", heading, f"{plural(len(kept), 'difference')}.", [trace], layout, table_)
     return Section("differences", title, says, [plot])
 
 
@@ -227,10 +239,11 @@ def _matrices(table: pl.DataFrame, names: list[str]) -> Section:
         tasks = list(orders.pop()) if len(orders) == 1 else [f"task {i}" for i in range(1, len(part["tasks"][0]) + 1)]
         stages = part["stage"].unique().sort().to_list()
         r = [_mean([part.filter(stage=s)["scores"].to_list()][0], len(tasks)) for s in stages]
-        cells = [["" if v is None else f"{v:.2f}" for v in row] for row in r]
+        cells = [["" if v is None else f"{v:.3f}" for v in row] for row in r]
         trace = {
-            "type": "heatmap", "z": r, "x": list(range(len(tasks))), "y": stages, "text": cells,
-            "texttemplate": "%{text}", "hoverinfo": "text", "colorscale": "@sequential",
+            "type": "heatmap", "z": [[None if v is None else round(v, 4) for v in row] for row in r],
+            "x": list(range(len(tasks))), "y": stages, "text": cells,
+            "texttemplate": "%{text}", "textfont": {"color": "@ink"}, "hoverinfo": "text", "colorscale": "@sequential",
             "zmin": 0, "zmax": round(high, 4),
             "hovertext": [[f"{label(t)}, stage {s}: {c or '–'}" for t, c in zip(tasks, row, strict=True)]
                           for s, row in zip(stages, cells, strict=True)],
@@ -248,7 +261,7 @@ def _matrices(table: pl.DataFrame, names: list[str]) -> Section:
         ]
         figures = Table(f"R of {short(name)}.", ["stage", *map(short, tasks)], rows, list(range(1, len(tasks) + 1)))
         alt = f"Heat map of the scores of {plural(len(tasks), 'task')} after {plural(len(stages) - 1, 'stage')}."
-        parts.append(Plot(f"matrix-{number}", short(name), alt, [trace], layout, figures, half=True))
+        parts.append(Plot(f"matrix-{number}", short(name), alt, [trace], layout, figures, half=len(tasks) <= 8))
     more = f" The first {MOST_MATRICES} of {len(names)} runs; the table has all." if len(names) > MOST_MATRICES else ""
     says = [
         "R: the mean score over seeds of each task (column) after each stage (row). Where a column fades downwards, "
@@ -303,5 +316,5 @@ def _mean(rows: Sequence[Sequence[float | None]], n: int) -> list[float | None]:
     found = []
     for column in range(n):
         values = [v for row in rows if (v := row[column]) is not None]
-        found.append(round(float(np.mean(np.sort(values))), 4) if values else None)
+        found.append(float(np.mean(np.sort(values))) if values else None)
     return found
