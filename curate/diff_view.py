@@ -1,12 +1,9 @@
-"""A Diff as tables for the screen, and as a page that opens offline: no scripts, everything escaped."""
+"""A Diff as tables for the screen, and as a page that opens offline: the report's, where all of it is text."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import polars as pl
@@ -15,6 +12,10 @@ from rich.text import Text
 
 from curate.diff import CAUSES, Diff
 from curate.manifest.markdown import printable
+from curate.report.page import shell
+from curate.report.parts import Section as Part
+from curate.report.parts import Table as Figures
+from curate.report.parts import plural
 
 MOST = 5_000  # rows that a page lists
 LONGEST = 300  # characters of a setting or a detail
@@ -24,6 +25,7 @@ LONGEST = 300  # characters of a setting or a detail
 class Section:
     """A titled table; cells are text, numbers or None (a dash)."""
 
+    id: str
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -51,7 +53,7 @@ def sections(diff: Diff) -> Iterator[Section]:
 
 def _settings(diff: Diff) -> Section:
     rows = [[_short(value) for value in row] for row in diff.settings.iter_rows()]
-    return Section("What was set, read and run otherwise", ["kind", "key", "a", "b"], rows)
+    return Section("settings", "What was set, read and run otherwise", ["kind", "key", "a", "b"], rows)
 
 
 def _tasks(diff: Diff) -> Section:
@@ -61,7 +63,7 @@ def _tasks(diff: Diff) -> Section:
     note = "Samples of a task: kept + out in a, kept + in in b. A dash: not in that stream, or the current task."
     total = ["in all", *[None] * 8, *columns.select(pl.col("kept", "out", "in").sum()).row(0)]
     rows = [*map(list, columns.iter_rows()), total] if columns.height else []
-    return Section("Quotas side by side", header, rows, note)
+    return Section("quotas", "Quotas side by side", header, rows, note)
 
 
 def _causes(diff: Diff) -> Section:
@@ -69,6 +71,7 @@ def _causes(diff: Diff) -> Section:
     order = {cause: place for place, cause in enumerate(CAUSES)}
     rows = sorted(counts.iter_rows(), key=lambda r: (r[0] != "out", order[r[1]]))
     return Section(
+        "why",
         "Rows out and in, and why",
         ["move", "cause", "rows", "what it means", "for example"],
         [[move, why, n, CAUSES[why], f"{uid[:12]}: {_short(detail)}"] for move, why, n, uid, detail in rows],
@@ -77,12 +80,12 @@ def _causes(diff: Diff) -> Section:
 
 def _changed(diff: Diff) -> Section:
     rows = [[column, n] for column, n in sorted(diff.changed.items())]
-    return Section("Rows that stayed, with another value", ["column", "rows"], rows)
+    return Section("changed", "Rows that stayed, with another value", ["column", "rows"], rows)
 
 
 def _moves(diff: Diff) -> Section:
     note = "Completions that both have, by their bucket in a and in b."
-    return Section("Buckets", ["bucket a", "bucket b", "completions"], list(diff.moves.iter_rows()), note)
+    return Section("buckets", "Buckets", ["bucket a", "bucket b", "completions"], list(diff.moves.iter_rows()), note)
 
 
 def _short(text: str | None) -> str | None:
@@ -113,59 +116,27 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else printable(value)
 
 
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 78rem; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .25rem .7rem .25rem 0; }
-th { text-align: left; } td { vertical-align: top; overflow-wrap: break-word; max-width: 36rem; }
-th.number, td.number { text-align: right; white-space: nowrap; }
-"""
-
-
 def page(diff: Diff) -> str:
     """One self-contained HTML file."""
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = f"{_html(diff.a)} → {_html(diff.b)}"
-    notes = "".join(f"<li>{_html(note)}</li>" for note in diff.notes)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>What changed: {title}</h1>\n<p><strong>{summary(diff)}</strong></p>\n"
-        + (f"<ul>{notes}</ul>\n" if notes else "")
-        + "".join(map(_section, (*sections(diff), *_listed(diff))))
-        + "</main>\n</body>\n</html>\n"
-    )
+    parts = []
+    for section in (*sections(diff), *_listed(diff)):
+        numbers = [i for i, only in enumerate(section.numeric()) if only]
+        cells = [[_cell(value) for value in row] for row in section.rows]
+        table = Figures(f"{plural(len(cells), 'line')}.", list(section.header), cells, numbers)
+        parts.append(asdict(Part(section.id, section.title, [section.note] if section.note else [], [table])))
+    tiles = [(f"{diff.kept:,}", "rows kept", "in a and in b"), (f"{diff.count('out'):,}", "rows out", "in a alone"),
+             (f"{diff.count('in'):,}", "rows in", "in b alone")]  # fmt: skip
+    return shell({
+        "name": f"{printable(diff.a)} → {printable(diff.b)}", "kicker": "Rehearse · what changed between two manifests",
+        "tiles": tiles, "says": [f"{summary(diff)}.", *map(printable, diff.notes)], "sections": parts,
+        "note": "a is the first of the two, b the second. `curate explain RUN UID` says more of a row.",
+    })  # fmt: skip
 
 
 def _listed(diff: Diff) -> Iterator[Section]:
     """Every row that moved, as far as a page takes them."""
     if diff.rows.height:
         note = f"The first {MOST:,} of {diff.rows.height:,}; `--json` has all." if diff.rows.height > MOST else ""
-        shown = diff.rows.head(MOST).select("move", "why", "detail", "task", "row", "origin", "uid")
-        rows = [[move, why, _short(detail), *rest] for move, why, detail, *rest in shown.iter_rows()]
-        yield Section("Every row", ["move", "cause", "detail", "task", "row", "origin", "uid"], rows, note)
-
-
-def _section(section: Section) -> str:
-    kinds = [' class="number"' if numbers else "" for numbers in section.numeric()]
-    head = "".join(f'<th scope="col"{k}>{_html(name)}</th>' for name, k in zip(section.header, kinds, strict=True))
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{k}>{_html(_cell(v))}</td>" for v, k in zip(row, kinds, strict=True)) + "</tr>"
-        for row in section.rows
-    )
-    note = f"<p>{_html(section.note)}</p>\n" if section.note else ""
-    return (
-        f'<h2>{_html(section.title)}</h2>\n{note}<div class="wide" tabindex="0" role="region" '
-        f'aria-label="{_html(section.title)}"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
-    )
-
-
-def _html(text: str) -> str:
-    return escape(printable(text))
+        shown = diff.rows.head(MOST).select("uid", "move", "why", "detail", "task", "row", "origin")
+        rows = [[uid[:12], move, why, _short(detail), *rest] for uid, move, why, detail, *rest in shown.iter_rows()]
+        yield Section("rows", "Every row", ["uid", "move", "cause", "detail", "task", "row", "origin"], rows, note)

@@ -60,14 +60,17 @@ def shell(data: dict[str, Any], head: str = "") -> str:
     """A page of its data: name, kicker, tiles, says, sections, note, and samples where there are any.
 
     Args:
-        data: JSON values; all texts in them are shown as text.
+        data: JSON values; all texts in them are shown as text. Without plots, the page goes without their library.
         head: markup for its head, which is not escaped.
     """
-    code, plotly, style = _own("page.js"), _plotly(), _own("page.css")
-    first = "samples" if "samples" in data else data["sections"][0]["id"]
+    code, style = _own("page.js"), _own("page.css")
+    plotly = _plotly() if any("traces" in part for each in data["sections"] for part in each["parts"]) else ""
+    library = f'<script type="text/plain" id="plotly">{plotly}</script>\n' if plotly else ""
+    first = "samples" if "samples" in data else next((each["id"] for each in data["sections"]), "summary")
+    scripts = " ".join(_hash(each) for each in (code, plotly) if each)
     policy = (
-        f"default-src 'none'; script-src {_hash(code)} {_hash(plotly)}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -87,8 +90,7 @@ def shell(data: dict[str, Any], head: str = "") -> str:
 <noscript><p>This page draws itself with its own scripts; the tables beside it hold what it shows.</p></noscript>
 <script type="application/json" id="data">{to_json(data)}</script>
 <script>{code}</script>
-<script type="text/plain" id="plotly">{plotly}</script>
-</body>
+{library}</body>
 </html>
 """
 
