@@ -66,7 +66,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "budgets": {"arms": {name: {"replay.selector": name} for name in ("random", "inscl")},
                 "grid": {"replay.ratio": [0.01, 0.1, 0.5]}},
     "rounding": {"arms": {**{name: {"replay.selector": name} for name in ("random", "inscl")},
-                          "inscl, systematic": {"replay.selector": "inscl", "replay.rounding": "systematic"}},
+                          "inscl systematic": {"replay.selector": "inscl", "replay.rounding": "systematic"}},
                  "grid": {"replay.ratio": [0.05, 0.1]}},
     "orders": {"arms": {name: {"replay.selector": name} for name in ("none", "random", "inscl")},
                "grid": {"order": ["reverse", "random"]}},
