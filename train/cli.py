@@ -27,10 +27,31 @@ app = typer.Typer(name="train", no_args_is_help=True, add_completion=False, help
 
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of the run")]
-Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings: data=runs/superni learning_rate=1e-5")
-]
+
+
+def _words(example: str) -> Any:
+    return typer.Argument(metavar="[KEY=VALUE]...", help=f"settings: {example}")
+
+
+Words = Annotated[list[str] | None, _words("data=runs/superni learning_rate=1e-5")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import curate
+
+        sys.stdout.write(f"rehearse {curate.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -114,7 +135,10 @@ def settings(
 
 
 @app.command()
-def fisher(config: Config = None, settings: Words = None) -> None:
+def fisher(
+    config: Config = None,
+    settings: Annotated[list[str] | None, _words("model=runs/cft/model data=runs/superni samples=200")] = None,
+) -> None:
     """Estimate the diagonal Fisher information of a model on its rows: what `ewc` holds in later stages.
 
     Example: train fisher model=runs/cft/model data=runs/demo out=runs/fisher samples=200
@@ -128,7 +152,12 @@ def fisher(config: Config = None, settings: Words = None) -> None:
 
 
 @app.command(name="eval")
-def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -> None:
+def eval_(
+    config: Config = None,
+    settings: Annotated[list[str] | None, _words("models=runs/cft/model data=runs/held-out metric=exact")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace results of other settings in `out`")] = False,
+    quiet: Quiet = False,
+) -> None:
     r"""Score checkpoints on the tasks of a manifest: items, the R matrix, and the metrics of continual learning.
 
     Example: train eval 'models=\[examples/starter,runs/cft/model]' data=runs/held-out out=runs/eval metric=rouge_l
@@ -137,16 +166,19 @@ def eval_(config: Config = None, settings: Words = None, quiet: Quiet = False) -
         from train.evaluate import EvalConfig, evaluate
 
         say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr))
-        found = evaluate(_settings(EvalConfig, config, settings), say)
-        for name, value in found.items() if not quiet else ():
-            if isinstance(value, dict):
-                sys.stdout.write(f"{_title(name)}{_shown(value)}\n")
+        wanted = _settings(EvalConfig, config, settings)
+        found = evaluate(wanted, say, force)
+        if not quiet:
+            sys.stdout.write(f"{wanted.metric:<{WIDTH}}estimate  95 % interval over items\n")
+            for name, value in found.items():
+                if isinstance(value, dict) and "interval" in value:
+                    sys.stdout.write(f"{_title(name)}{_shown(value)}\n")
 
 
 @app.command()
 def stream(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the stream")],
-    settings: Words = None,
+    settings: Annotated[list[str] | None, _words("out=runs/stream train.learning_rate=1e-3")] = None,
     stage: Annotated[int | None, typer.Option(help="begin again with this stage, in all runs")] = None,
     hand: Annotated[
         bool, typer.Option("--by-hand", help="write the files of all stages, print their commands, run nothing")
@@ -181,16 +213,25 @@ def stream(
             sys.stdout.write(f"page: {Path(wanted.out) / 'stream.html'}\n")
 
 
+TITLES = {
+    "last": "mean of the tasks, last model",
+    "ACC": "ACC: items right, last model",
+    "KGR": "KGR: of the wrong, now right",
+    "KRR": "KRR: of the right, kept",
+    "forward_transfer": "forward transfer, zero-shot",  # the field calls two things forward transfer
+}
+WIDTH = 30
+
+
 def _title(name: str) -> str:
-    shown = "forward transfer, zero-shot" if name == "forward_transfer" else name.replace("_", " ")
-    return f"{shown:<30}"  # the field calls two things forward transfer
+    return f"{TITLES.get(name, name.replace('_', ' ')):<{WIDTH}}"
 
 
 def _shown(found: dict[str, Any]) -> str:
     value, interval = found["value"], found.get("interval")
     if value is None or isinstance(value, list):
         return "–" if value is None else ", ".join(f"{v:.2f}" for v in value)
-    return f"{value:.4f}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+    return f"{value:.4f}" + (f"    [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
 def _settings(

@@ -39,6 +39,7 @@ ITEMS: dict[str, Any] = {
     "prediction": pl.String, "score": pl.Float64, "correct": pl.Boolean,
 }  # fmt: skip
 FILES = ("metrics.json", "matrix.csv", "matrix.svg", "left_out.parquet", "items.parquet")
+DECIDE = {"models", "data", "metric", "max_new_tokens", "reduction", "per_task", "tasks", "upper", "seed"}
 LEAST = 1e-9  # of an upper score, which others are divided by
 DRAWS = 1000  # bootstrap samples of an interval
 HEAD = "checkpoint"  # first cell of matrix.csv
@@ -68,13 +69,20 @@ class EvalConfig(Section):
     base: str = Field(".", exclude=True, description="set by the command line")
 
 
-def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None, force: bool = False) -> dict[str, Any]:
     """Answer, score, write; returns what metrics.json holds.
 
+    Args:
+        config: what is scored, and where the results go.
+        say: told of what happens.
+        force: replace finished results of other settings.
+
     Raises:
-        InputError: a model, the manifest, `upper` or `out` cannot be used, no row can be scored, nothing fits the
-            context, or the disk is full.
+        InputError: a model, the manifest, `upper` or `out` cannot be used, `out` holds results of other settings, no
+            row can be scored, nothing fits the context, or the disk is full.
     """
+    if not force:
+        _refuse_others(Path(config.out), config.model_dump(mode="json", include=DECIDE))
     score = score_of(config.metric, config.max_new_tokens, config.reduction)
     rows, left_out = usable_rows(score, read(config.data))
     if config.tasks is not None:
@@ -113,7 +121,8 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
         write_matrix(file, config.models, tasks, r)
     with _staged(out, "matrix.svg") as file:
         heat_map(r, config.models, tasks, config.metric, file)
-    found = summary(items, config) | {"left_out": left_out.height}
+    found = summary(items, config)
+    found |= {"left_out": left_out.height, "settings": config.model_dump(mode="json", include=DECIDE)}
     if len(config.models) != len(tasks) + 1:
         say(f"no AP, BWT or forgetting: for {len(tasks)} tasks they take {len(tasks) + 1} models, one before training "
             "and one a stage, of one method")  # fmt: skip
@@ -121,6 +130,20 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda text: None)
         text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         file.write_text(text, encoding="utf-8")
     return found
+
+
+def _refuse_others(out: Path, mine: Mapping[str, Any]) -> None:
+    """Finished results of other settings stay."""
+    try:
+        there = json.loads((out / "metrics.json").read_bytes())
+        stored = there.get("settings") or {key: there[key] for key in ("models", "metric")}  # of an older version
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return
+    differ = [f"{key} is {stored[key]!r}, here {mine[key]!r}" for key in sorted(DECIDE & stored.keys())
+              if stored[key] != mine[key]]  # fmt: skip
+    if differ:
+        raise InputError(f"out {out}: holds results of other settings: {'; '.join(differ)}",
+                         remedy="choose another folder with out=FOLDER, or --force replaces them")  # fmt: skip
 
 
 def _check_upper(upper: Mapping[str, float] | None, tasks: Sequence[str], data: str) -> None:

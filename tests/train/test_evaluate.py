@@ -15,12 +15,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from commands import called
 from safetensors.torch import load_file, save_file
 
 from curate.build import build
 from curate.errors import InputError
 from curate.manifest import read
 from curate.models import LocalModel, ModelConfig, Prompt
+from train.cli import main
 from train.evaluate import EvalConfig, evaluate, matrix, summary
 from train.fisher import FisherConfig, estimate, fisher
 from train.models import read_fisher, read_fishers
@@ -300,6 +302,27 @@ def test_what_cannot_end_well_is_not_begun(held_out, tmp_path, unanswered, more,
     with pytest.raises(InputError, match=said):
         evaluation(STARTER, held_out, **{"out": tmp_path / "out", **more})
     assert sorted(f.name for f in tmp_path.rglob("*")) == ["FILE", "FULL", "thesis.tex"]
+
+
+def test_results_of_other_settings_stay(start, held_out, tmp_path):
+    words = ["eval", f"models={start}", f"data={held_out / 'data'}", f"out={tmp_path / 'out'}", "per_task=2",
+             "max_new_tokens=2"]  # fmt: skip
+    first = called(main, *words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[0].split() == ["rouge_l", "estimate", "95", "%", "interval", "over", "items"]
+    assert [line[:30].strip() for line in first.stdout.splitlines()[1:]] == [
+        "mean of the tasks, last model", "ACC: items right, last model", "KGR: of the wrong, now right",
+        "KRR: of the right, kept",
+    ]  # fmt: skip
+    before = (tmp_path / "out/metrics.json").read_bytes()
+    assert called(main, *words, "batch_size=1").stdout == first.stdout, "the same settings"
+    refused = called(main, *words, "metric=exact")
+    assert refused.returncode == 1 and "metric is 'rouge_l', here 'exact'" in refused.stderr
+    assert "out=FOLDER, or --force" in refused.stderr
+    assert (tmp_path / "out/metrics.json").read_bytes() == before
+    assert called(main, *words, "metric=exact", "--force").returncode == 0
+    (tmp_path / "out/metrics.json").unlink()  # unfinished results are nobody's
+    assert called(main, *words).returncode == 0
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), pl.exceptions.ComputeError("No space left")])

@@ -64,6 +64,13 @@ def test_refusals():
         metrics.knowledge_gain_ratio([True], [True, False])
 
 
+def test_the_version_and_an_example_a_command():
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("rehearse ")
+    for command, example in (("stream", "train.learning_rate=1e-3"), ("eval", "metric=exact"), ("fisher", "samples=")):
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        assert f"{example}" in shown and "data=runs/superni learning_rate=1e-5" not in shown
+
+
 def test_command_line(tmp_path):
     file = tmp_path / "r.csv"
     file.write_text("\n".join(",".join(map(str, line)) for line in R))
