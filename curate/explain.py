@@ -13,6 +13,7 @@ from curate.manifest import Manifest, Rule, Stats, sequence_logp
 
 Row = dict[str, Any]
 PLACES = ("samples", "completions", "drops")  # where a uid may be
+_FIND = "a click on a row of report.html shows its uid; samples.parquet and drops.parquet have them all"
 SHORTEST = 4  # digits of a uid's beginning that are enough to look it up
 
 
@@ -41,14 +42,14 @@ def explain(manifest: Manifest, uid: str) -> str:
 
 def _whole(manifest: Manifest, uid: str) -> str:
     if len(uid) < SHORTEST:
-        raise InputError(f"uid {uid!r}: give at least {SHORTEST} digits")
+        raise InputError(f"uid {uid!r}: give at least {SHORTEST} digits", remedy=_FIND)
     begins = pl.col("uid").str.starts_with(uid.lower())
     tables = (manifest.scan(name).filter(begins).select("uid").collect() for name in PLACES)
     found = sorted(set().union(*(table["uid"] for table in tables)))
     if not found:
         raise InputError(
             f"uid {uid!r} is in none of samples.parquet, completions.parquet and drops.parquet of {manifest.folder}",
-            remedy="uids are hashes of content: a row of another task, or edited text, has another uid",
+            remedy=f"{_FIND}; it is a hash of content: a row of another task, or edited text, has another",
         )
     if len(found) > 1:
         raise InputError(

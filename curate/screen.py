@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curate.manifest import Bucket, Manifest
-from curate.manifest.markdown import printable
+from curate.manifest.markdown import bound, printable
 
 if TYPE_CHECKING:
     from curate.export import Exported
@@ -112,7 +112,7 @@ def task_table(manifest: Manifest) -> Table:
         title = Text(t["task"], style="bold" if t["quota"] is None else "")
         table.add_row(
             str(t["stage"]), title, f"{t['rows']:,}", _number(t["distance"], 4),
-            _number(t["distance_bound"] or None, 4), _number(t["quota"]),
+            bound(t["distance_bound"]) or "–", _number(t["quota"]),
             _number(t["granted"]), covered,
             _number(t["insinfo"], 2),
         )  # fmt: skip

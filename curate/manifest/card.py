@@ -15,7 +15,7 @@ import polars as pl
 from curate.manifest.card_policy import policy_sections
 from curate.manifest.card_terms import citation, considerations, licences
 from curate.manifest.licences import hub_ids
-from curate.manifest.markdown import code, escape, printable, real, table
+from curate.manifest.markdown import bound, code, escape, own, printable, real, table
 from curate.manifest.schema import MESSAGE, TABLES, Table
 from curate.manifest.tables import Rows, counts, height, value
 
@@ -140,13 +140,13 @@ def _stream(tasks: pl.DataFrame) -> str:
     header = ["stage", "task", "rows", "instructions", "distance", "± bound", "share", "quota", "granted", "covered",
               "mean InsInfo", "why granted differs"]  # fmt: skip
     rows = [
-        [t["stage"], escape(t["task"]), t["rows"], t["instructions"], real(t["distance"]), real(t["distance_bound"]),
+        [t["stage"], escape(t["task"]), t["rows"], t["instructions"], real(t["distance"]), bound(t["distance_bound"]),
          real(t["share"], 2), t["quota"], t["granted"], t["covered"], real(t["insinfo"], 3), t["reason"]]
         for t in tasks.sort("stage").iter_rows(named=True)
     ]  # fmt: skip
     note = (
         "Distance: Wasserstein-1 between the instruction embeddings of the task and of the current one, cosine cost "
-        "(0 = the same, 2 = opposite); the bound is the largest possible error, 0 = exact. InsInfo in nats."
+        "(0 = the same, 2 = opposite); the bound is the largest possible error. InsInfo in nats."
     )
     return table(header, rows) + "\n\n" + note
 
@@ -182,8 +182,8 @@ def _left_out(drops: Rows) -> str:
 
 def _structure(frames: Mapping[str, Rows]) -> str:
     """The files, and every column of those that have rows."""
-    rows = [[f"`{t.file}`", f"one {t.row} a row", f"{height(frames[t.name]):,}"] for t in TABLES.values()]
-    parts = [table(["file", "holds", "rows"], rows)]
+    rows = [[f"`{t.file}`", own(t.row), f"{height(frames[t.name]):,}"] for t in TABLES.values()]
+    parts = [table(["file", "one row a", "rows"], rows)]
     parts += ["A file is a configuration, with one split, `train`. Files without rows have none."]
     for each in TABLES.values():
         if height(frames[each.name]):
@@ -192,7 +192,7 @@ def _structure(frames: Mapping[str, Rows]) -> str:
 
 
 def _columns(of: Table) -> str:
-    rows = [[f"`{name}`", _type(c.dtype), escape(c.meaning), escape(c.null) or None] for name, c in of.columns.items()]
+    rows = [[f"`{name}`", _type(c.dtype), own(c.meaning), own(c.null) or None] for name, c in of.columns.items()]
     return table(["column", "type", "meaning", "null means"], rows)
 
 

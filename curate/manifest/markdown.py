@@ -17,6 +17,11 @@ def real(value: float | None, digits: int = 4) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
+def bound(value: float | None) -> str | None:
+    """The largest possible error of a number."""
+    return "exact" if value == 0 else real(value)
+
+
 def printable(text: str) -> str:
     """Text of the data as one line without control and direction characters."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
@@ -27,6 +32,11 @@ def code(text: str) -> str:
     return "`" + printable(text).replace("`", "'").replace("|", "¦") + "`"
 
 
+def own(text: str) -> str:
+    """Text of ours for a cell: plain Markdown, whose pipes are not the table's."""
+    return text.replace("|", "\\|")
+
+
 def escape(text: str) -> str:
-    """Text of the data, harmless in Markdown and in the HTML that it becomes."""
-    return "".join(f"&#{ord(c)};" if c in "&<>|`[]()!*_\\~#" else c for c in printable(text))
+    """Text of the data, harmless in Markdown and in the HTML that it becomes. (Without brackets, () make no link.)"""
+    return "".join(f"&#{ord(c)};" if c in "&<>|`[]!*_\\~#" else c for c in printable(text))

@@ -358,7 +358,11 @@ AUGMENTATIONS = Table(
     "augmentations",
     "rewrite of a sample, kept or not",
     {
-        "uid": Column(pl.String, "uid that it has in samples, or would have (see `sample_uid`)"),
+        "uid": Column(
+            pl.String,
+            "uid that it has in samples, or would have (see `sample_uid`); not unique: two templates may have given "
+            "the same rewrite of a row",
+        ),
         "parent_uid": Column(pl.String, "uid of the sample that was rewritten"),
         "task": _TASK,
         "stage": _STAGE,

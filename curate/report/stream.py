@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from curate.augment import why_dropped
 from curate.manifest import Manifest
 from curate.manifest.tables import counts, height
 from curate.report.even import evenly
@@ -180,7 +181,11 @@ def drawn(m: Manifest) -> Section:
     ]
     title = "Rows in the set and left out"
     parts: list[Plot | Table] = [bars("rows", title, shown["task"].to_list(), series, "rows", table, note)]
-    reasons = sorted(counts(m.scan("drops"), "step", "reason").items(), key=lambda each: (-each[1], each[0]))
+    why_left = {each: k for each, k in counts(m.scan("drops"), "step", "reason").items() if each[0] != "augment"}
+    theta = (m.provenance.get("augment") or {}).get("theta", 0.0)
+    for (fault,), k in counts(m.scan("augmentations").filter(~pl.col("kept")), "fault").items():  # some share a uid
+        why_left["augment", why_dropped(fault, theta)] = k
+    reasons = sorted(why_left.items(), key=lambda each: (-each[1], each[0]))
     if reasons:
         why, more = capped([[s, short(r, 200), count(n)] for (s, r), n in reasons], "drops.parquet")
         caption = f"Why rows and rewrites were left out.{more}"

@@ -127,6 +127,12 @@ def test_the_front_matter_keeps_the_hubs_conventions(small):
     assert {"Uses", "Structure", "Considerations", "Licences", "Provenance", "Citation"} <= set(sections)
     for column in TABLES["samples"].columns:
         assert f"| `{column}` |" in body
+    assert (
+        "| file | one row a | rows |" in body
+        and "| `augmentations.parquet` | rewrite of a sample, kept or not |" in body
+    )
+    assert "BLAKE2b-128 (see `sample_uid`)" in body and "largest possible \\|distance - exact distance\\|" in body
+    assert "&#" not in body, "our own texts are plain"
 
 
 def test_every_table_with_rows_loads_by_its_name(small):

@@ -162,6 +162,18 @@ def test_what_was_drawn_and_left(run, data):
     assert {row[0] for row in found} == {"sample", "augment"}
 
 
+def test_rewrites_that_share_a_uid_are_all_counted(run):
+    manifest, kept = read(run), pl.col("kept")
+    again = manifest.augmentations.filter(~kept).with_columns(
+        template=pl.lit("another"), fault=pl.lit("the same as the rewrite of another template")
+    )  # drops.parquet tells rows by their uid, and so has each of them once
+    every = pl.concat([manifest.augmentations, again])
+    found = table({"sections": contents(Manifest(**{**vars(manifest), "augmentations": every}))["sections"]}, "drawn",
+                  "Why")  # fmt: skip
+    assert sum(int(n) for step, _, n in found if step == "augment") == every.filter(~kept).height
+    assert ["augment", "the same as the rewrite of another template", str(again.height)] in found
+
+
 def test_the_curve_of_rewrites(run, data):
     every, theta = frame(run, "augmentations"), 0.2
     scores = [s for s, fault in every.select("score", "fault").iter_rows() if fault is None]
