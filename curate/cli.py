@@ -66,11 +66,9 @@ def build(
     the output, so a second build redoes only what changed, and a build that was stopped goes on where it stopped.
 
     Examples:
-        curate build examples/superni/config.yaml
-
-        curate build config.yaml replay.budget=400 replay.selector=uniform out=runs/uniform
-
-        curate build config.yaml --dry-run
+    - `curate build examples/superni/config.yaml`
+    - `curate build config.yaml replay.budget=400 replay.selector=uniform out=runs/uniform`
+    - `curate build config.yaml --dry-run`
     """
     with _errors(resumable=not dry_run):
         from curate.build import Build
@@ -130,9 +128,8 @@ def refilter(
     """Decide about a manifest's rewrites again with another θ, from their stored scores; no model is asked.
 
     Examples:
-        curate refilter runs/demo theta=0.2
-
-        curate refilter runs/demo theta=0.05 out=runs/loose
+    - `curate refilter runs/demo theta=0.001`
+    - `curate refilter runs/demo theta=0.00001 out=runs/loose`
     """
     with _errors():
         from curate.refilter import refilter as decide
@@ -172,11 +169,9 @@ def export(
     """Write a manifest's rows for another trainer, as JSONL. What the format cannot express is listed in a file beside.
 
     Examples:
-        curate export runs/demo --to trl-sft
-
-        curate export runs/demo --to trl-dpo --pairs side --out pairs.jsonl
-
-        curate export runs/demo --to llamafactory --origin replay --origin augmented
+    - `curate export runs/demo --to trl-sft`
+    - `curate export runs/demo --to trl-dpo --pairs side --out pairs.jsonl`
+    - `curate export runs/demo --to llamafactory --origin replay --origin augmented`
     """
     with _errors():
         from curate.export import export as written
@@ -210,9 +205,8 @@ def report(
     Every build makes it in its folder; this makes it of any manifest, older ones too.
 
     Examples:
-        curate report runs/demo
-
-        curate report runs/cppo/rollouts/phase-00000 out=phase-0.html
+    - `curate report runs/demo`
+    - `curate report runs/cppo/rollouts/phase-00000 out=phase-0.html`
     """
     with _errors():
         from curate.report import report as make
@@ -234,9 +228,8 @@ def diff(
     """Say what changed between two builds: rows out and in, and why; settings, quotas, buckets.
 
     Examples:
-        curate diff runs/superni runs/other
-
-        curate diff runs/superni runs/other --html diff.html
+    - `curate diff runs/superni runs/other`
+    - `curate diff runs/superni runs/other --html diff.html`
     """
     with _errors():
         from curate.diff import diff as compared

@@ -198,11 +198,16 @@ def plan_table(steps: list[Step]) -> Table:
     for name in ("stage", "results", "cached", "size", "about"):
         table.add_column(name, justify="left" if name in ("stage", "size") else "right")
     for s in steps:
-        about = "–" if s.seconds is None else "0 s" if s.seconds == 0 else f"{max(1, round(s.seconds)):,} s"
+        about = "–" if s.seconds is None else _about(s.seconds)
         table.add_row(s.stage, _or_dash(s.results), _or_dash(s.cached), Text(s.size), about)
     table.add_section()
-    table.add_row("in all", "", "", "", f"{sum(s.seconds or 0 for s in steps):,.0f} s")
+    whole = sum(round(s.seconds) if s.seconds >= 1 else s.seconds for s in steps if s.seconds)  # as the rows say
+    table.add_row("in all", "", "", "", _about(whole))
     return table
+
+
+def _about(seconds: float) -> str:
+    return f"{round(seconds):,} s" if seconds >= 1 or seconds == 0 else "< 1 s"
 
 
 def _or_dash(value: int | None) -> str:

@@ -20,6 +20,7 @@ from curate.cli import main
 from curate.config import BuildConfig
 from curate.errors import InputError
 from curate.manifest import TABLES, check, read
+from curate.plan import Step, plan_table
 from curate.sample import SELECTORS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -215,6 +216,13 @@ def test_dry_run_does_nothing_else(shipped, tmp_path):
     by_stage = {step["stage"]: step for step in steps}
     assert by_stage["read"]["cached"] == 16
     assert by_stage["embed"]["cached"] == by_stage["embed"]["results"]
+
+
+def test_the_plans_total_is_that_of_its_rows():
+    seconds = [0.0, None, 0.2, 0.3, 1.4, 1.4, 1.4, 9.6]
+    about = list(plan_table([Step("s", 1, 0, "", s) for s in seconds]).columns[-1].cells)
+    assert about == ["0 s", "–", "< 1 s", "< 1 s", "1 s", "1 s", "1 s", "10 s", "14 s"]  # 13 and two below one
+    assert list(plan_table([Step("s", 1, 0, "", 0.1)]).columns[-1].cells) == ["< 1 s", "< 1 s"]
 
 
 # --- killed, twice at once ---
@@ -527,6 +535,8 @@ def test_usage_errors(tmp_path):
     fails(curate("build", "x.yaml", "replay.budget"), "key=value", code=2)
     fails(curate("build", tmp_path / "gone.yaml"), "no such file")
     assert "curate init" in curate("build", "--help").stdout + curate("--help").stdout
+    help = [line.strip() for line in curate("build", "--help").stdout.splitlines()]
+    assert "• curate build config.yaml replay.budget=400 replay.selector=uniform out=runs/uniform" in help
 
 
 def test_one_task_only(write_jsonl, tmp_path):
