@@ -229,7 +229,7 @@ def test_again_from_a_stage(place, done, tmp_path):
     for mark in marks:
         mark.touch()
     again = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "2", cwd=tmp_path / "p")
-    assert "from the 2. on, 2 stages removed, to be made again" in again.stderr, again.stderr
+    assert "2 stages removed, from stage 2 on: to be made again" in again.stderr, again.stderr
     assert [m.parent.name for m in marks if not m.exists()] == seconds, "those and no others"
     assert digest(out) == was
     wrong = called(main, "stream", "--config", "config.yaml", "out=out", "--stage", "1", "tasks.1.split=nope",
