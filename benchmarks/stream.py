@@ -141,6 +141,33 @@ def dose(table: pl.DataFrame, stages: Path) -> None:
             print(f"| {shown} | {some.height} | {spread(scores)[0]:.3f} ± {error:.3f} | {n} |")
 
 
+def favoured(table: pl.DataFrame, stages: Path) -> None:
+    """What becomes of the instructions that InsInfo favours: older ones above and below their task's median of it."""
+    (held,) = stages.glob("held-out-*")
+    asked = pl.read_parquet(held / "manifest/samples.parquet", columns=["uid", "task", "instruction"])
+
+    def scores(rows: pl.DataFrame, older: bool) -> pl.DataFrame:
+        found = []
+        for last, tasks in rows.select("folder", "tasks").iter_rows():
+            items = pl.read_parquet(next((stages / last).glob("eval*/items.parquet"))).filter(
+                pl.col("task").is_in(tasks[:-1] if older else tasks)
+            )
+            found.append(items.join(asked, on=["uid", "task"]))
+        return pl.concat(found).group_by("task", "instruction").agg(pl.col("score").mean())
+
+    last = ends(table).filter(selector="inscl")["folder"][0]
+    known = pl.read_parquet(stages / last / "manifest/instructions.parquet", columns=["task", "instruction", "insinfo"])
+    known = known.drop_nulls().with_columns(high=pl.col("insinfo") > pl.col("insinfo").median().over("task"))
+    arms = {"alone": (table.filter(kind="single", stage=1), False)}
+    arms |= {run: (ends(table).filter(run=run), True) for run in ends(table)["run"].unique(maintain_order=True)}
+    print("\n| InsInfo in its task | instructions | " + " | ".join(arms) + " |\n| --- | --- |" + " --- |" * len(arms))
+    found = {arm: scores(rows, older).join(known, on=["task", "instruction"]) for arm, (rows, older) in arms.items()}
+    for high in (True, False):
+        some = {arm: frame.filter(high=high) for arm, frame in found.items()}
+        cells = " | ".join(f"{frame['score'].mean():.3f}" for frame in some.values())
+        print(f"| {'above' if high else 'at or below'} the median | {some['alone'].height} | {cells} |")
+
+
 def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None:
     """A part's table in Markdown: how its runs ended, and what they have more than random replay."""
     names = table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
@@ -208,6 +235,7 @@ def main() -> None:
         show(part, table, seeds, args.out / "stages")
         if part in ("main", "selectors", "budgets", "rounding", "categories"):
             dose(table, args.out / "stages")
+            favoured(table, args.out / "stages")
 
 
 if __name__ == "__main__":
