@@ -148,12 +148,11 @@ def favoured(table: pl.DataFrame, stages: Path) -> None:
 
     def scores(rows: pl.DataFrame, older: bool) -> pl.DataFrame:
         found = []
-        for last, tasks in rows.select("folder", "tasks").iter_rows():
-            items = pl.read_parquet(next((stages / last).glob("eval*/items.parquet"))).filter(
-                pl.col("task").is_in(tasks[:-1] if older else tasks)
-            )
-            found.append(items.join(asked, on=["uid", "task"]))
-        return pl.concat(found).group_by("task", "instruction").agg(pl.col("score").mean())
+        for last, tasks, seed in rows.select("folder", "tasks", "seed").iter_rows():
+            items = pl.read_parquet(next((stages / last).glob("eval*/items.parquet")))
+            mine = items.filter(pl.col("task").is_in(tasks[:-1] if older else tasks)).with_columns(seed=pl.lit(seed))
+            found.append(mine.join(asked, on=["uid", "task"]))
+        return pl.concat(found).group_by("seed", "task", "instruction").agg(pl.col("score").mean())
 
     last = ends(table).filter(selector="inscl")["folder"][0]
     known = pl.read_parquet(stages / last / "manifest/instructions.parquet", columns=["task", "instruction", "insinfo"])
@@ -163,9 +162,10 @@ def favoured(table: pl.DataFrame, stages: Path) -> None:
     print("\n| InsInfo in its task | instructions | " + " | ".join(arms) + " |\n| --- | --- |" + " --- |" * len(arms))
     found = {arm: scores(rows, older).join(known, on=["task", "instruction"]) for arm, (rows, older) in arms.items()}
     for high in (True, False):
-        some = {arm: frame.filter(high=high) for arm, frame in found.items()}
-        cells = " | ".join(f"{frame['score'].mean():.3f}" for frame in some.values())
-        print(f"| {'above' if high else 'at or below'} the median | {some['alone'].height} | {cells} |")
+        some = [frame.filter(high=high).group_by("seed").agg(pl.col("score").mean()).sort("seed")["score"].to_list()
+                for frame in found.values()]  # fmt: skip
+        n = known.filter(high=high).height
+        print(f"| {'above' if high else 'at or below'} the median | {n} | {' | '.join(written(v, 3) for v in some)} |")
 
 
 def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None:
