@@ -2,6 +2,8 @@ import gc
 import gzip
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 # Workers of pytest-xdist share the cores: threads of one would wait for those of another. Set before torch is imported,
 # and inherited by every process that a test starts, so that bits that depend on the number of threads agree.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a shell puts into the background does not hear Ctrl-C, and what a test starts would not hear it either.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

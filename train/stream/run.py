@@ -96,12 +96,12 @@ def stream(config: StreamConfig, stage: int | None = None, screen: Screen | None
         allowed = pool.workers_for(pool.bytes_of(folder), config.workers)
         threads = config.threads or (max(1, pool.cores() // config.workers) if config.workers else 1)
         workers = min(max(1, len(left)), allowed)
-        screen.begin(len(made.stages), len(made.stages) - len(left), workers)
         base = Path(config.base)
         stages = (
             pool.in_order(made, left, workers, threads, base, lambda s: screen.start(made.label(s))) if left else ()
         )
         try:
+            screen.begin(len(made.stages), len(made.stages) - len(left), workers)
             for done, took in stages:
                 screen.finish(made.label(done), took, _scores(made, done))
         except BaseException as error:  # Ctrl-C too
