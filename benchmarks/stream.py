@@ -169,7 +169,10 @@ def favoured(table: pl.DataFrame, stages: Path) -> None:
 
 
 def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None:
-    """A part's table in Markdown: how its runs ended, and what they have more than random replay."""
+    """A part's table in Markdown: how its runs ended, and what they have more than random replay.
+
+    In relative gain; in AP (times 100) where there is none, as a task alone scores 0.
+    """
     names = table.filter(kind="run")["run"].unique(maintain_order=True).to_list()
     last = ends(table)
     print(f"\n### {part}, seeds {', '.join(map(str, seeds))}\n")
@@ -179,7 +182,7 @@ def show(part: str, table: pl.DataFrame, seeds: list[int], stages: Path) -> None
         mine = last.filter(run=name)
         if not mine.height:
             continue
-        cells = [written(mine[c].to_list(), d) for c, d in (
+        cells = [written(mine[c].drop_nulls().to_list(), d) for c, d in (
             ("relative_gain", 1), ("average_performance", 3), ("backward_transfer", 3))]  # fmt: skip
         replayed = table.filter(run=name, kind="run").group_by("seed").agg(pl.col("replay").sum())["replay"].to_list()
         beside = [_difference(table, name, "random"), _difference(table, name, "none")]
@@ -202,11 +205,12 @@ def _difference(table: pl.DataFrame, name: str, other: str) -> str:
     against = next((each for each in names if each in there), "")
     if name == against or not against:
         return "–"
-    found = difference(table, name, against)
+    gain = difference(table, name, against)
+    found, unit = (gain, 1) if gain else (difference(table, name, against, "average_performance"), 100)
     if found is None:
         return "–"
-    low, high = found["interval"] or (float("nan"),) * 2
-    return f"{found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    interval = " [{:+.1f}, {:+.1f}]".format(*(unit * end for end in found["interval"])) if found["interval"] else ""
+    return f"{unit * found['mean']:+.1f}{interval}"
 
 
 def main() -> None:
